@@ -1,0 +1,108 @@
+"""Where every file of a run lies, and how it is written: whole, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+COMPRESSOR_RUNS = "field_compressor_runs"
+NPE_RUNS = "field_npe_runs"
+
+
+def tiles_folder(results_dir: str | Path, lmax: int, noise_level: str) -> Path:
+    """Folder of the shards for one lmax and noise level."""
+    return Path(results_dir) / "tiles" / f"lmax_{lmax}_{noise_level}"
+
+
+def compressor_folder(results_dir: str | Path, tag: str) -> Path:
+    """Folder of one stage-1 run."""
+    return Path(results_dir) / COMPRESSOR_RUNS / tag
+
+
+def npe_folder(results_dir: str | Path, tag: str) -> Path:
+    """Folder of one stage-2 run."""
+    return Path(results_dir) / NPE_RUNS / tag
+
+
+def refuse_finished_run(folder: Path, result_file: str, restart: bool) -> None:
+    """Keep a finished run safe: to be called before anything is read or computed.
+
+    Raises:
+        UserError: the folder holds a result and --restart was not given.
+    """
+    if (folder / result_file).exists() and not restart:
+        raise UserError(f"{folder} holds a finished run; add --restart to replace it, or --tag NAME to keep both")
+
+
+def make_empty_folder(folder: Path) -> None:
+    """Make a folder, or empty it: to be called once all input has proved good.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error.strerror}); choose another --results-dir") from None
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; on success it is synced and takes the name `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, atomically; NaN and infinity are errors, not JSON."""
+    text = json.dumps(content, indent=2, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; it is written by stage 1 beside best.ckpt, keep them together") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); run stage 1 again") from None
+
+
+def sha256_of_json(content: Any) -> str:
+    """SHA-256 of the canonical JSON text (sorted keys, no spaces)."""
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    ).hexdigest()

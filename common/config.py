@@ -1,0 +1,216 @@
+"""The options of every command, each defined once.
+
+A frozen dataclass per command is the single definition: the command line and the `modal run`
+signature are generated from it, and it is stored in every checkpoint and result. Free of torch, so
+that launching a remote run needs none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from common.errors import UserError
+
+NoiseLevel = Literal["noiseless", "des_y3", "lsst_y10", "des_y3_survey", "lsst_y10_survey"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bf16"]
+Backbone = Literal["efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "tiny"]
+SplitBy = Literal["tile", "sim"]
+Geometry = Literal["disjoint", "published"]
+Field = Literal["lognormal", "gaussian"]
+
+FIDUCIAL_SIM_ID = 109
+
+
+def option(
+    default: Any, help: str
+) -> Any:  # Any: as dataclasses.field, it stands where a value of the field's type does
+    """A dataclass field with its default and the one sentence that --help shows."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def required(help: str) -> Any:
+    """A dataclass field without a default."""
+    return dataclasses.field(metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedOptions:
+    """Options that every command has."""
+
+    results_dir: str = option("results", "folder that everything is read from and written to")
+    tiles_dir: str = option(
+        "", "another folder of shard_*.parquet (default: the one for lmax and noise level below --results-dir)"
+    )
+    seed: int = option(42, "seed of every random draw of this command")
+    restart: bool = option(False, "delete a finished run or suite of the same name and start over")
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileOptions(SharedOptions):
+    """Which tiles are meant; stage 2 has these from its checkpoint instead."""
+
+    lmax: int = option(200, "largest multipole of the tiles")
+    noise_level: NoiseLevel = option(
+        "des_y3", "shape noise; des_y3 and lsst_y10 as published, *_survey at twice that power"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "lmax")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MockConfig(TileOptions):
+    """Build a mock tomographic lensing suite: shards of tiles with known cosmology."""
+
+    n_sims: int = option(791, "number of simulations, the fiducial one among them")
+    geometry: Geometry = option(
+        "disjoint", "where the twelve tiles lie: disjoint patches, or the overlapping ones of the published suite"
+    )
+    field: Field = option("lognormal", "statistics of the convergence field")
+    workers: int = option(0, "worker processes (0: one per core); the tiles do not depend on it")
+    fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "sim_id that is pinned to the fiducial cosmology")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "n_sims", "fiducial_sim_id")
+        _not_negative(self, "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressorConfig(TileOptions):
+    """Stage 1: train the field-level compressor, an EfficientNet that learns normalised theta from a tile."""
+
+    backbone: Backbone = option("efficientnet_v2_s", "network; tiny is for laptops and tests")
+    max_epochs: int = option(500, "train at most so many epochs")
+    batch_size: int = option(128, "tiles per step")
+    patience: int = option(50, "stop after so many epochs without a lower validation loss")
+    learning_rate: float = option(8e-3, "peak learning rate of AdamW")
+    weight_decay: float = option(1e-5, "weight decay of AdamW")
+    warmup_steps: int = option(500, "steps of linear warm-up to the peak learning rate")
+    decay_factor: float = option(0.85, "the learning rate is multiplied by this ...")
+    decay_epochs: int = option(20, "... every so many epochs")
+    theta_noise: float = option(0.005, "standard deviation of Gaussian noise on the normalised theta while training")
+    split_by: SplitBy = option("tile", "what is dealt out to the splits: single tiles, or whole simulations")
+    split_seed: int = option(42, "seed of the split; leave it, so that runs are comparable")
+    fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "simulation held out of every split")
+    device: Device = option("auto", "auto takes cuda, then mps, then cpu")
+    precision: Precision = option("auto", "autocast of the network; auto: bf16 on cuda, float32 elsewhere")
+    tag: str = option("", "name of the run (default: field_mse_lmax{lmax}_{noise-level}_{backbone})")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "max_epochs", "batch_size", "patience", "learning_rate", "decay_factor", "decay_epochs")
+        _not_negative(self, "weight_decay", "warmup_steps", "theta_noise", "split_seed")
+        _plain_name(self.tag)
+
+    @property
+    def run_tag(self) -> str:
+        """Name of the run's folder."""
+        return self.tag or f"field_mse_lmax{self.lmax}_{self.noise_level}_{self.backbone}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPEConfig(SharedOptions):
+    """Stage 2: learn the posterior from the frozen compressor's summaries; Figure of Merit at the fiducial simulation."""
+
+    ckpt: str = required("best.ckpt of a stage-1 run; its split and normalisation are read from beside it")
+    results_dir: str = option("", "folder to read from and write to (default: the one that --ckpt lies in)")
+    tiles_dir: str = option("", "another folder of shard_*.parquet (default: the tiles that stage 1 was trained on)")
+    lmax: int | None = option(None, "checked against the checkpoint if given")
+    noise_level: str | None = option(None, "checked against the checkpoint if given")
+    max_epochs: int = option(500, "train at most so many epochs")
+    batch_size: int = option(256, "tiles per step")
+    patience: int = option(30, "stop after so many epochs without a lower loss on the test split")
+    learning_rate: float = option(1e-3, "learning rate of AdamW")
+    weight_decay: float = option(1e-5, "weight decay of AdamW")
+    device: Device = option("auto", "auto takes cuda, then mps, then cpu")
+    precision: Precision = option("auto", "autocast of the compressor; auto: bf16 on cuda, float32 elsewhere")
+    tag: str = option("", "name of the run (default: that of the stage-1 run)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "max_epochs", "batch_size", "patience", "learning_rate")
+        _not_negative(self, "weight_decay")
+        _plain_name(self.tag)
+
+
+Config = TypeVar("Config", bound=SharedOptions)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{_flag(name)} is {getattr(config, name)}; it must be positive")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise UserError(f"{_flag(name)} is {getattr(config, name)}; it must not be negative")
+
+
+def _plain_name(tag: str) -> None:
+    if tag.startswith(".") or "/" in tag or "\\" in tag:
+        raise UserError(f"--tag {tag!r} must be a plain folder name, without slashes or a leading dot")
+
+
+def parse_args(config_class: type[Config], argv: list[str] | None = None) -> Config:
+    """Build a command's config from the command line; one flag per field of the dataclass.
+
+    Raises:
+        UserError: an option whose value makes no sense. (argparse itself exits with code 2.)
+    """
+    parser = argparse.ArgumentParser(description=config_class.__doc__)
+    types_of = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        help_text = field.metadata["help"].replace("%", "%%")
+        if (
+            field.default not in (dataclasses.MISSING, None, "")
+            and "default" not in help_text
+            and types_of[field.name] is not bool
+        ):
+            help_text += f" (default: {field.default})"
+        annotation = types_of[field.name]
+        if typing.get_origin(annotation) is types.UnionType:  # X | None is parsed as X
+            annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+        kwargs: dict[str, Any] = {"help": help_text, "dest": field.name}
+        if annotation is bool:
+            kwargs.update(action=argparse.BooleanOptionalAction, default=field.default)
+        elif field.default is dataclasses.MISSING:
+            kwargs.update(type=annotation, required=True)
+        elif typing.get_origin(annotation) is Literal:
+            kwargs.update(choices=typing.get_args(annotation), default=field.default)
+        else:
+            kwargs.update(type=annotation, default=field.default, metavar=annotation.__name__.upper())
+        parser.add_argument(_flag(field.name), **kwargs)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def with_signature_of(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give `def modal_main(**options)` the fields of a config as its signature, for the modal client.
+
+    `modal run run_compressor.py --help` then lists the same options as argparse does.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        function.__signature__ = inspect.signature(config_class)  # type: ignore[attr-defined]
+        function.__annotations__ = typing.get_type_hints(config_class)
+        return function
+
+    return decorate

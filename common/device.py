@@ -1,0 +1,66 @@
+"""Device, precision and versions."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+
+from common.config import Device, Precision
+from common.errors import UserError
+
+
+def pick_device(name: Device) -> torch.device:
+    """The torch device for --device.
+
+    Raises:
+        UserError: the device asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    if not available[name]:
+        raise UserError(
+            f"--device {name}: PyTorch {torch.__version__} sees none here; use --device cpu or install the matching wheel"
+        )
+    return torch.device(name)
+
+
+def pick_precision(name: Precision, device: torch.device) -> torch.dtype:
+    """The dtype that the network's arithmetic runs in: bf16 on CUDA and float32 elsewhere, unless asked."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """torch.amp.autocast to bf16; with float32 it does nothing."""
+    return torch.amp.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
+def seeded_generator(seed: int, purpose: str) -> torch.Generator:
+    """An independent CPU generator per purpose: what one draws never shifts what another does."""
+    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def describe_device(device: torch.device) -> str:
+    """Name of the hardware, for results."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }

@@ -1,0 +1,37 @@
+"""Early stopping on a validation loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass
+class EarlyStopping:
+    """Remembers the best loss and how many epochs have passed since it.
+
+    `update` changes the state, `should_stop` only looks at it.
+    """
+
+    patience: int
+    best_loss: float = math.inf
+    best_epoch: int = -1
+    epochs_since_best: int = 0
+
+    def update(self, loss: float, epoch: int) -> bool:
+        """Take the loss of an epoch; True if it is the best so far.
+
+        Raises:
+            ValueError: the loss is not finite: it would never be the best, nor stop anything.
+        """
+        if not math.isfinite(loss):
+            raise ValueError(f"validation loss of epoch {epoch} is {loss}")
+        if loss < self.best_loss:
+            self.best_loss, self.best_epoch, self.epochs_since_best = loss, epoch, 0
+            return True
+        self.epochs_since_best += 1
+        return False
+
+    def should_stop(self) -> bool:
+        """True once `patience` epochs in a row brought no new best."""
+        return self.epochs_since_best >= self.patience

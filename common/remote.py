@@ -1,0 +1,94 @@
+"""What every command needs to run on Modal: image, Volume, GPU, and the way in and out of a container.
+
+Only this file and the foot of each run_*.py know Modal. Without the package `modal` is None here, and
+the commands run as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common.config import SharedOptions
+from common.errors import UserError
+
+try:
+    import modal
+except ModuleNotFoundError:
+    modal = None  # type: ignore[assignment]
+
+RESULTS = "/results"
+VOLUME_NAME = "kappa-fom-results"
+GPUS = ["H100", "A100-80GB"]  # in this order, whichever is free first
+TIMEOUT_S = 24 * 60 * 60  # per attempt, the longest that Modal allows
+MOCK_CORES, MOCK_MEMORY_MIB = 16, 32 * 1024
+ROOT = Path(__file__).resolve().parent.parent
+
+if modal is not None:
+    volume = modal.Volume.from_name(VOLUME_NAME, create_if_missing=True, version=2)
+    image = (
+        modal.Image.debian_slim(python_version="3.11")
+        .uv_pip_install(requirements=[str(ROOT / "requirements.txt")])
+        # Last, so that an edit of the code rebuilds nothing. Everything but caches: the theory table is no .py file.
+        .add_local_python_source("common", "data", "compress", "npe", ignore=["**/__pycache__/**"])
+    )
+    FUNCTION: dict[str, Any] = {
+        "image": image,
+        "volumes": {RESULTS: volume},
+        "timeout": TIMEOUT_S,
+        "retries": modal.Retries(max_retries=10, initial_delay=0.0),
+        "single_use_containers": True,
+    }
+    GPU_FUNCTION: dict[str, Any] = {**FUNCTION, "gpu": GPUS}
+    CPU_FUNCTION: dict[str, Any] = {**FUNCTION, "cpu": MOCK_CORES, "memory": MOCK_MEMORY_MIB}
+
+Config = TypeVar("Config", bound=SharedOptions)
+
+
+def in_container(
+    command: Callable[..., dict[str, Any]], config_class: type[Config], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Run a command inside a container, with its files on the Volume.
+
+    A user's mistake comes back as a value: raised, it would be retried ten times.
+
+    Args:
+        command: takes a config and `on_checkpoint`.
+        config_class, options: of the command.
+    """
+    if modal.is_local():  # `.local()`, in tests: no Volume is mounted
+        config, commit = config_class(**options), volume_commit_recorder
+    else:
+        volume.reload()
+        config, commit = _on_volume(config_class(**options)), volume.commit
+    try:
+        return command(config, on_checkpoint=commit)
+    except UserError as error:
+        return {"user_error": str(error)}
+
+
+def out_of_container(result: dict[str, Any]) -> dict[str, Any]:
+    """The result of a command, or its user's mistake raised where the user sits."""
+    if "user_error" in result:
+        raise UserError(result["user_error"])
+    return result
+
+
+def volume_commit_recorder() -> None:
+    """Stands for volume.commit where no Volume is mounted."""
+
+
+def _on_volume(config: Config) -> Config:
+    """The config with its paths below /results: `results/x`, `/results/x` and `x` all mean x on the Volume."""
+    moved: dict[str, Any] = {"results_dir": RESULTS}
+    for name in ("tiles_dir", "ckpt"):
+        if path := getattr(config, name, ""):
+            moved[name] = str(_volume_path(path))
+    return replace(config, **moved)
+
+
+def _volume_path(path: str) -> Path:
+    parts = [part for part in Path(path).parts if part not in ("/", ".")]
+    return Path(RESULTS, *(parts[1:] if parts and parts[0] == "results" else parts))

@@ -1,0 +1,16 @@
+"""Learning-rate schedule: linear warm-up, then step decay."""
+
+from __future__ import annotations
+
+
+def lr_at(
+    step: int, *, steps_per_epoch: int, peak: float, warmup_steps: int, decay_factor: float, decay_epochs: int
+) -> float:
+    """Learning rate of optimiser step `step` (the first step is 0).
+
+    Warm-up: peak * (step + 1) / warmup_steps, so that the first step already moves. The decay counts
+    epochs from the start of training: times decay_factor after every `decay_epochs` epochs.
+    """
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
+    n_decays = step // (steps_per_epoch * decay_epochs)
+    return peak * warmup * decay_factor**n_decays

@@ -1,0 +1,1 @@
+"""Stage 1: the field-level compressor and its training."""

@@ -1,0 +1,126 @@
+"""Full-sky convergence and noise as spherical-harmonic coefficients alm.
+
+alm arrays are complex128 (..., n_alm) in healpy's order: m = 0 for ell = 0..lmax, then m = 1, ...
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import ducc0
+import numpy as np
+
+from data.mock.nz import NZ_MEAN
+from data.mock.theory import BIN_PAIRS, cl_matrix, theory_cl
+from data.schema import N_BINS, noise_cl
+
+# The lognormal field lives on multipoles up to this times lmax, so that its transform to the
+# Gaussian field and back loses nothing that reaches the tiles' own multipoles.
+BAND_MARGIN = 1.5
+
+
+def ell_of_alm(lmax: int) -> np.ndarray:
+    """Multipole ell of every coefficient, int (n_alm,)."""
+    return np.concatenate([np.arange(m, lmax + 1) for m in range(lmax + 1)])
+
+
+def covariance_root(cl: np.ndarray) -> np.ndarray:
+    """Matrices R with R R^T = C_ell: cl (10, n_ell) -> (n_ell, 4, 4).
+
+    A C_ell that is not positive, which rounding or the lognormal transform can cause, is replaced by
+    the nearest one that is.
+    """
+    value, vector = np.linalg.eigh(cl_matrix(cl))  # (n_ell, 4), (n_ell, 4, 4)
+    return vector * np.sqrt(np.maximum(value, 0))[:, None, :]
+
+
+def gaussian_alm(root: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Correlated Gaussian coefficients of the four bins with covariance root root^T.
+
+    Args:
+        root: (lmax + 1, 4, 4), from covariance_root.
+        rng: source of the draws.
+
+    Returns:
+        alm (4, n_alm).
+    """
+    lmax = len(root) - 1
+    ell = ell_of_alm(lmax)
+    white = rng.standard_normal((N_BINS, len(ell), 2)) @ [1, 1j] / np.sqrt(2)  # (4, n_alm), <|a|^2> = 1
+    white[:, : lmax + 1] = white[:, : lmax + 1].real * np.sqrt(2)  # m = 0 is real
+    alm = np.zeros_like(white)
+    for i in range(N_BINS):
+        for j in range(N_BINS):
+            alm[i] += root[ell, i, j] * white[j]
+    return alm
+
+
+def hilbert_shift() -> np.ndarray:
+    """Shift lambda of the lognormal convergence in each bin, (4,).
+
+    Hilbert et al. 2011 (arXiv:1105.3980): 0.008 z + 0.029 z^2 - 0.0079 z^3 + 0.00065 z^4, at the bins' mean redshifts.
+    """
+    z = np.array(NZ_MEAN)
+    return 0.008 * z + 0.029 * z**2 - 0.0079 * z**3 + 0.00065 * z**4
+
+
+@cache
+def _legendre(lmax: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre weights (n,) and P_ell at the nodes (n, lmax + 1); n leaves room for the logarithm's products."""
+    node, weight = np.polynomial.legendre.leggauss(2 * lmax + 1)
+    return weight, np.polynomial.legendre.legvander(node, lmax)
+
+
+def gaussian_cl_of_lognormal(cl: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Spectra of the Gaussian fields g whose lognormal fields lambda (exp(g - var/2) - 1) have spectra cl.
+
+    xi_g = ln(1 + xi_ij / (lambda_i lambda_j)) at every angle (e.g. Hilbert et al. 2011, eq. 27), with
+    Legendre transforms on either side.
+
+    Args:
+        cl: (10, lmax + 1); shift: (4,).
+
+    Returns:
+        (10, lmax + 1)
+    """
+    lmax = cl.shape[-1] - 1
+    weight, legendre = _legendre(lmax)
+    ell = np.arange(lmax + 1)
+    xi = (cl * (2 * ell + 1) / (4 * np.pi)) @ legendre.T  # (10, n_nodes)
+    scale = np.array([shift[i] * shift[j] for i, j in BIN_PAIRS])[:, None]  # (10, 1)
+    return 2 * np.pi * (np.log1p(xi / scale) * weight) @ legendre
+
+
+def lognormal_alm(cl: np.ndarray, lmax: int, rng: np.random.Generator) -> np.ndarray:
+    """Coefficients up to lmax of correlated lognormal fields with spectra cl (10, band + 1), band >= lmax.
+
+    Returns:
+        alm (4, n_alm(lmax)).
+    """
+    band = cl.shape[-1] - 1
+    ell = np.arange(band + 1)
+    shift = hilbert_shift()
+    root = covariance_root(gaussian_cl_of_lognormal(cl, shift))  # (band + 1, 4, 4)
+    variance = (2 * ell + 1) / (4 * np.pi) @ np.square(root).sum(axis=2)  # (4,) of the fields that are drawn
+    n_phi = ducc0.fft.good_size(2 * band + 1, True)
+    alm = []
+    for g_alm, lam, var in zip(gaussian_alm(root, rng), shift, variance, strict=True):
+        g = ducc0.sht.synthesis_2d(
+            alm=g_alm[None], spin=0, lmax=band, geometry="GL", ntheta=band + 1, nphi=n_phi, nthreads=1
+        )  # (1, n_theta, n_phi)
+        kappa = lam * np.expm1(g - var / 2)
+        alm.append(ducc0.sht.analysis_2d(map=kappa, spin=0, lmax=lmax, geometry="GL", nthreads=1)[0])
+    return np.stack(alm)  # (4, n_alm)
+
+
+def signal_alm(cosmo: np.ndarray, field: str, lmax: int, rng: np.random.Generator) -> np.ndarray:
+    """Convergence of one sky without noise, (4, n_alm(lmax)), for a cosmology (7,) and "lognormal" or "gaussian"."""
+    if field == "gaussian":
+        return gaussian_alm(covariance_root(theory_cl(cosmo, lmax)[0]), rng)
+    return lognormal_alm(theory_cl(cosmo, int(np.ceil(BAND_MARGIN * lmax)))[0], lmax, rng)
+
+
+def noise_alm(noise_level: str, lmax: int, rng: np.random.Generator) -> np.ndarray:
+    """Shape noise of one sky, (4, n_alm): flat spectra from ell = 0 on, the same as white noise per pixel."""
+    root = np.diag(np.sqrt(noise_cl(noise_level)))  # (4, 4): bins have independent galaxies
+    return gaussian_alm(np.broadcast_to(root, (lmax + 1, N_BINS, N_BINS)), rng)

@@ -1,0 +1,93 @@
+"""Make theory_table.npz from pyccl: `python -m data.mock.make_theory_table` (about 10 minutes on two cores).
+
+pyccl is a development dependency: `pip install pyccl`. The spectra are those of Eisenstein & Hu
+(1998, astro-ph/9709112) with the halofit of Takahashi et al. (2012, arXiv:1208.2701), Limber.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one pool: processes over cosmologies
+
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+from scipy.stats import qmc
+from tqdm import tqdm
+
+from data.mock.nz import nz_of_bins
+from data.mock.theory import (
+    BIN_PAIRS,
+    COSMO_NAMES,
+    TABLE_PATH,
+    chebyshev_basis,
+    polynomial_exponents,
+    table_features,
+)
+
+# The box in (Omega_m, S8, w, h, n_s, Omega_b h^2, m_nu [eV]): the suite's ranges with a margin.
+BOX_LOWER = np.array([0.115, 0.49, -1.82, 0.595, 0.940, 0.0217, 0.0595])
+BOX_UPPER = np.array([0.510, 1.01, -0.32, 0.805, 0.990, 0.0231, 0.141])
+ELL = np.unique(np.round(np.geomspace(2, 4096, 72)))
+N_COSMOLOGIES, N_COMPONENTS, DEGREE, SEED = 6144, 20, 5, 20120810
+
+
+def ccl_spectra(cosmo: np.ndarray) -> np.ndarray:
+    """C_ell of the ten pairs at ELL from pyccl, for one cosmology (7,): shape (10, n_ell)."""
+    import pyccl
+
+    omega_m, s8, w, h, n_s, omega_b, m_nu = cosmo
+    sigma_8 = s8 / np.sqrt(omega_m / 0.3)
+    options = dict(transfer_function="eisenstein_hu", matter_power_spectrum="halofit")
+    # Omega_m counts the neutrinos, so what is left for cold matter depends on their density.
+    trial = pyccl.Cosmology(
+        Omega_c=omega_m - omega_b, Omega_b=omega_b, h=h, n_s=n_s, sigma8=sigma_8, w0=w, m_nu=m_nu, **options
+    )
+    omega_c = omega_m - omega_b - trial["Omega_nu_mass"]
+    universe = pyccl.Cosmology(
+        Omega_c=omega_c, Omega_b=omega_b, h=h, n_s=n_s, sigma8=sigma_8, w0=w, m_nu=m_nu, **options
+    )
+    z = np.linspace(1e-4, 4.0, 801)
+    tracers = [pyccl.WeakLensingTracer(universe, dndz=(z, n)) for n in nz_of_bins(z)]
+    return np.stack([pyccl.angular_cl(universe, tracers[i], tracers[j], ELL) for i, j in BIN_PAIRS])
+
+
+def draw_box(n: int, seed: int) -> np.ndarray:
+    """n cosmologies (n, 7) from a Sobol sequence that fills the box."""
+    u = qmc.Sobol(len(COSMO_NAMES), seed=seed).random(n)
+    cosmo = BOX_LOWER + u * (BOX_UPPER - BOX_LOWER)
+    cosmo[:, 5] /= cosmo[:, 3] ** 2  # Omega_b h^2 -> Omega_b
+    return cosmo
+
+
+def main() -> None:
+    cosmo = draw_box(N_COSMOLOGIES, SEED)
+    with ProcessPoolExecutor() as pool:
+        spectra = list(tqdm(pool.map(ccl_spectra, cosmo, chunksize=8), total=len(cosmo), desc="pyccl spectra"))
+    ln_cl = np.log(np.array(spectra)).reshape(len(cosmo), -1)  # (n, 10 * n_ell)
+    mean = ln_cl.mean(axis=0)
+    _, _, components = np.linalg.svd(ln_cl - mean, full_matrices=False)
+    components = components[:N_COMPONENTS]  # (n_pc, 10 * n_ell)
+    lower, upper = BOX_LOWER.copy(), BOX_UPPER.copy()
+    lower[:2], upper[:2] = np.log(lower[:2]), np.log(upper[:2])
+    exponents = polynomial_exponents(len(COSMO_NAMES), DEGREE)
+    basis = chebyshev_basis(table_features(cosmo, lower, upper), exponents)
+    coefficients, *_ = np.linalg.lstsq(basis, (ln_cl - mean) @ components.T, rcond=None)
+    residual = basis @ coefficients @ components + mean - ln_cl
+    print(f"rms of the residual in ln C_ell {residual.std():.1e}, largest {np.abs(residual).max():.1e}")
+    np.savez_compressed(
+        TABLE_PATH,
+        ell=ELL,
+        lower=lower,
+        upper=upper,
+        exponents=exponents.astype(np.int8),
+        coefficients=coefficients.astype(np.float32),
+        components=components.astype(np.float32),
+        mean=mean,
+    )
+    print(f"wrote {TABLE_PATH.name}: {TABLE_PATH.stat().st_size / 1024:.0f} KB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Source redshift distributions n(z) of the four tomographic bins of the mock suite."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import gamma
+
+# DES-Y3-like: gamma distributions (design facts of the mock suite). Their auto-spectra lie within
+# a few per cent of those from the public DES Y1 shapes moved to the same means.
+NZ_MEAN = (0.34, 0.52, 0.74, 0.96)
+NZ_STD = (0.17, 0.13, 0.14, 0.24)
+
+
+def nz_of_bins(z: np.ndarray) -> np.ndarray:
+    """Normalised n(z) of every bin.
+
+    Args:
+        z: redshifts, shape (n_z,).
+
+    Returns:
+        n(z) per unit redshift, shape (4, n_z); each row integrates to one over z = 0..inf.
+    """
+    mean, std = np.array(NZ_MEAN)[:, None], np.array(NZ_STD)[:, None]  # (4, 1)
+    # A gamma distribution with shape k and scale t has mean k t and variance k t^2.
+    return gamma.pdf(np.asarray(z)[None, :], a=(mean / std) ** 2, scale=std**2 / mean)

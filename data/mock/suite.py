@@ -1,0 +1,223 @@
+"""Build a mock suite: cosmologies, skies, noise, tiles, shards."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.artifacts import tiles_folder
+from common.config import MockConfig
+from common.errors import UserError
+from common.progress import Progress
+from data.mock.cosmology import design, params_of
+from data.mock.fields import noise_alm, signal_alm
+from data.mock.geometry import ORIENTATIONS, tiles_of_alm
+from data.mock.pictures import draw_suite
+from data.schema import FACES, SIMS_PER_SHARD, TILES_PER_SIM, nside_of
+from data.shards import open_shard
+
+METADATA_KEY = "mock_suite"
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a worker needs to make the tiles of one simulation."""
+
+    sim_id: int
+    cosmo: np.ndarray  # (7,)
+    field: str
+    noise_level: str
+    lmax: int
+    geometry: str
+    seed: int
+
+
+def simulate(simulation: Simulation) -> np.ndarray:
+    """The twelve tiles of one simulation, float32 (12, 4, N, N); depends on its argument alone."""
+    signal_seed, noise_seed = np.random.SeedSequence([simulation.seed, simulation.sim_id]).spawn(2)
+    lmax = simulation.lmax
+    alm = signal_alm(simulation.cosmo, simulation.field, lmax, np.random.default_rng(signal_seed))  # (4, n_alm)
+    alm += noise_alm(simulation.noise_level, lmax, np.random.default_rng(noise_seed))
+    return tiles_of_alm(alm, lmax, nside_of(lmax), simulation.geometry)
+
+
+def tile_keys(sim_id: int) -> np.ndarray:
+    """Keys (12, 3) of a simulation's tiles, in the order of tiles_of_alm."""
+    tile = np.arange(TILES_PER_SIM)
+    return np.stack([np.full(TILES_PER_SIM, sim_id), tile // len(FACES), tile % len(FACES)], axis=1)
+
+
+def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Write the shards of a suite; shards that are complete already are kept.
+
+    Args:
+        config: all options.
+        on_checkpoint: called after every shard (Modal commits its Volume).
+
+    Returns:
+        folder, n_sims, n_tiles, nside, elapsed_s.
+
+    Raises:
+        UserError: the folder holds other shards, or cannot be written.
+    """
+    start = time.monotonic()
+    folder = (
+        Path(config.tiles_dir)
+        if config.tiles_dir
+        else tiles_folder(config.results_dir, config.lmax, config.noise_level)
+    )
+    sim_ids, cosmologies = design(config.n_sims, config.seed, config.fiducial_sim_id)
+    params = params_of(cosmologies)  # (n_sims, 8)
+    description = _description(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error.strerror}); choose another --results-dir") from None
+    starts = range(0, config.n_sims, SIMS_PER_SHARD)
+    todo = [k for k in range(len(starts)) if not _is_finished(_shard_path(folder, k), description, config.restart)]
+    _refuse_foreign_shards(folder, len(starts), config.restart)
+
+    jobs = [
+        Simulation(
+            int(sim_ids[i]), cosmologies[i], config.field, config.noise_level, config.lmax, config.geometry, config.seed
+        )
+        for k in todo
+        for i in range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
+    ]
+    n_workers = config.workers or _usable_cores()
+    with _worker_pool(n_workers) as pool, Progress("simulating", len(jobs), "simulations") as progress:
+        simulated = _in_order(pool, simulate, jobs, ahead=2 * n_workers)
+        for k in todo:
+            shard_sims = range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
+            with open_shard(_shard_path(folder, k), nside_of(config.lmax), {METADATA_KEY: description}) as shard:
+                for i in shard_sims:
+                    keys = tile_keys(int(sim_ids[i]))
+                    shard.write(next(simulated), keys, np.tile(params[i], (TILES_PER_SIM, 1)), config.noise_level)
+                    progress.advance()
+            on_checkpoint()
+    draw_suite(_shard_path(folder, 0), config.lmax, cosmologies, folder / "suite.png")
+    on_checkpoint()
+    return {
+        "folder": str(folder),
+        "n_sims": config.n_sims,
+        "n_tiles": config.n_sims * TILES_PER_SIM,
+        "nside": nside_of(config.lmax),
+        "elapsed_s": round(time.monotonic() - start, 1),
+    }
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard_{number:04d}.parquet"
+
+
+def _description(config: MockConfig) -> str:
+    """What determines the tiles, stored in every shard."""
+    content: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in ("lmax", "noise_level", "n_sims", "geometry", "field", "seed", "fiducial_sim_id")
+    }
+    return json.dumps({**content, "orientations_zyz_deg": ORIENTATIONS[config.geometry]}, sort_keys=True)
+
+
+def _is_finished(path: Path, description: str, restart: bool) -> bool:
+    """True if this shard is there already and is the one that would be made.
+
+    Raises:
+        UserError: it is another one, and --restart was not given.
+    """
+    if not path.exists():
+        return False
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError):
+        metadata = {}
+    found = metadata.get(METADATA_KEY.encode())
+    if found is None:
+        raise UserError(f"{path} was not made by this command; give another folder as --tiles-dir")
+    if restart:
+        return False
+    if found.decode() != description:
+        raise UserError(
+            f"{path} belongs to a suite with other options ({_difference(found.decode(), description)}); "
+            "add --restart to replace it, or give another folder as --tiles-dir"
+        )
+    return True
+
+
+def _difference(found: str, wanted: str) -> str:
+    old, new = json.loads(found), json.loads(wanted)
+    return ", ".join(f"{name} {old.get(name)} there, {new[name]} here" for name in new if old.get(name) != new[name])
+
+
+def _refuse_foreign_shards(folder: Path, n_shards: int, restart: bool) -> None:
+    """Shards beyond this suite's last would be read with it; with --restart those of an older suite are deleted."""
+    wanted = {_shard_path(folder, k).name for k in range(n_shards)}
+    for path in sorted(folder.glob("shard_*.parquet")):
+        if path.name in wanted:
+            continue
+        _is_finished(path, "", restart=True)  # raises unless a mock suite made it
+        if not restart:
+            raise UserError(
+                f"{path} is left over from a larger suite; add --restart to delete it, or give another --tiles-dir"
+            )
+        path.unlink()
+
+
+@contextmanager
+def _worker_pool(n_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Single-threaded worker processes; the environment that they inherit is put back afterwards."""
+    saved = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # spawned workers read it when they import numpy
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(n_workers, mp_context=context, initializer=_ignore_interrupt) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        if saved is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = saved
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on: under SLURM or in a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
+
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, function: Callable[[Job], Result], jobs: Iterable[Job], ahead: int
+) -> Iterator[Result]:
+    """Results in the order of the jobs, with at most `ahead` of them waiting in memory."""
+    pending: deque[Any] = deque()
+    for job in jobs:
+        pending.append(pool.submit(function, job))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

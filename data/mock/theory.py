@@ -1,0 +1,106 @@
+"""Angular power spectra of convergence as a function of cosmology, from a shipped table.
+
+The table is a polynomial in seven parameters for the principal components of ln C_ell of the ten
+pairs of bins. `make_theory_table.py` makes it from pyccl; nothing here needs pyccl.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import numpy as np
+from scipy.interpolate import CubicSpline
+
+from common.errors import UserError
+
+TABLE_PATH = Path(__file__).with_name("theory_table.npz")
+BIN_PAIRS = tuple(combinations_with_replacement(range(4), 2))  # (0,0), (0,1) ... (3,3): ten pairs
+# The order of the parameters everywhere in this package.
+COSMO_NAMES = ("Omega_m", "S8", "w", "h", "n_s", "Omega_b", "m_nu")
+
+
+def polynomial_exponents(n_params: int, degree: int) -> np.ndarray:
+    """All exponents of total degree at most `degree`: integers, shape (n_terms, n_params)."""
+    rows: list[list[int]] = [[]]
+    for _ in range(n_params):
+        rows = [[*row, power] for row in rows for power in range(degree - sum(row) + 1)]
+    return np.array(rows)
+
+
+def table_features(cosmo: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """Parameters in which ln C_ell is smooth, scaled to [-1, 1] over the table's box.
+
+    Args:
+        cosmo: (n, 7) in the order of COSMO_NAMES.
+        lower, upper: (7,) the box in (ln Omega_m, ln S8, w, h, n_s, Omega_b h^2, m_nu).
+
+    Returns:
+        (n, 7)
+    """
+    omega_m, s8, w, h, n_s, omega_b, m_nu = np.asarray(cosmo, dtype=np.float64).T
+    x = np.stack([np.log(omega_m), np.log(s8), w, h, n_s, omega_b * h**2, m_nu], axis=1)
+    return 2.0 * (x - lower) / (upper - lower) - 1.0
+
+
+def chebyshev_basis(x: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+    """Products of Chebyshev polynomials T_e(x): x (n, 7), exponents (n_terms, 7) -> (n, n_terms)."""
+    # T[k, n, p] = T_k(x[n, p])
+    cheb = np.stack([np.ones_like(x), x])
+    for _ in range(2, exponents.max() + 1):
+        cheb = np.concatenate([cheb, (2 * x * cheb[-1] - cheb[-2])[None]])
+    basis = np.ones((x.shape[0], exponents.shape[0]))
+    for p in range(x.shape[1]):
+        basis *= cheb[exponents[:, p], :, p].T
+    return basis
+
+
+@cache
+def _load_table() -> dict[str, np.ndarray]:
+    with np.load(TABLE_PATH) as table:
+        return {name: table[name].astype(np.float64) for name in table.files}
+
+
+def theory_ell_max() -> int:
+    """Largest multipole of the table."""
+    return int(_load_table()["ell"][-1])
+
+
+def theory_cl(cosmo: np.ndarray, lmax: int) -> np.ndarray:
+    """Non-linear convergence spectra C_ell^{ij} (Limber, halofit; Takahashi et al. 2012).
+
+    Args:
+        cosmo: (n, 7) parameters in the order of COSMO_NAMES.
+        lmax: largest multipole wanted.
+
+    Returns:
+        (n, 10, lmax + 1), dimensionless; ell = 0 and 1 are zero. Pairs as in BIN_PAIRS.
+
+    Raises:
+        UserError: a cosmology outside the table's box, or lmax beyond the table.
+    """
+    table = _load_table()
+    if lmax > table["ell"][-1]:
+        raise UserError(
+            f"the theory table ends at ell = {table['ell'][-1]:.0f}, {lmax} was asked for; use a smaller --lmax"
+        )
+    x = table_features(np.atleast_2d(cosmo), table["lower"], table["upper"])
+    if (outside := np.abs(x).max(axis=1) > 1.0 + 1e-9).any():
+        n = int(np.argmax(outside))
+        raise UserError(f"cosmology {n} ({np.atleast_2d(cosmo)[n]}) lies outside the box of {TABLE_PATH.name}")
+    scores = chebyshev_basis(x, table["exponents"].astype(int)) @ table["coefficients"]  # (n, n_pc)
+    ln_cl = scores @ table["components"] + table["mean"]  # (n, 10 * n_ell)
+    ln_cl = ln_cl.reshape(len(x), len(BIN_PAIRS), -1)  # (n, 10, n_ell)
+    ell = np.arange(2, lmax + 1)
+    cl = np.zeros((len(x), len(BIN_PAIRS), lmax + 1))
+    cl[..., 2:] = np.exp(CubicSpline(np.log(table["ell"]), ln_cl, axis=-1)(np.log(ell)))
+    return cl
+
+
+def cl_matrix(cl: np.ndarray) -> np.ndarray:
+    """Ten pairs as symmetric matrices: (10, n_ell) -> (n_ell, 4, 4)."""
+    matrix = np.empty((cl.shape[-1], 4, 4))
+    for (i, j), row in zip(BIN_PAIRS, cl, strict=True):
+        matrix[:, i, j] = matrix[:, j, i] = row
+    return matrix

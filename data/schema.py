@@ -1,0 +1,62 @@
+"""What a tile is: columns, shapes, units, noise levels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+N_BINS = 4  # tomographic bins = channels of a tile
+N_ORIENTATIONS = 3  # rotations of the sky per simulation
+FACES = (4, 5, 6, 7)  # the equatorial HEALPix base faces; tile_id counts them from 0
+TILES_PER_SIM = N_ORIENTATIONS * len(FACES)
+
+KEY_NAMES = ("sim_id", "orientation_id", "tile_id")  # the canonical order of tiles
+PARAM_NAMES = ("Omega_m", "sigma_8", "S8", "w", "h", "n_s", "Omega_b", "m_nu")  # m_nu in eV, the rest pure numbers
+THETA_NAMES = ("Omega_m", "S8")  # what is inferred, in this order everywhere
+THETA_COLUMNS = [PARAM_NAMES.index(name) for name in THETA_NAMES]
+SIMS_PER_SHARD = 50  # as in the published shards
+
+# nside of the published tiles (EiffL/GowerStreetDESY3); 600 is coarser than the rule in nside_of.
+LMAX_TO_NSIDE = {200: 128, 400: 256, 600: 256, 800: 512, 1000: 512}
+
+
+def nside_of(lmax: int) -> int:
+    """HEALPix nside, and so pixels per side, of a tile: published values, else the next power of two >= lmax / 2."""
+    return LMAX_TO_NSIDE.get(lmax, 1 << max(0, (lmax + 1) // 2 - 1).bit_length())
+
+
+def s8_of(sigma_8: np.ndarray, omega_m: np.ndarray) -> np.ndarray:
+    """S8 = sigma_8 (Omega_m / 0.3)^(1/2)."""
+    return sigma_8 * np.sqrt(omega_m / 0.3)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Source galaxies per bin: effective density [arcmin^-2] and ellipticity dispersion per component."""
+
+    n_eff: tuple[float, float, float, float]
+    sigma_e: tuple[float, float, float, float]
+
+
+SURVEYS = {
+    # Amon et al. 2022, arXiv:2105.13543, table 1
+    "des_y3": Survey((1.476, 1.479, 1.484, 1.461), (0.243, 0.262, 0.259, 0.301)),
+    # LSST DESC Science Requirements Document, arXiv:1809.01669
+    "lsst_y10": Survey((6.75, 6.75, 6.75, 6.75), (0.26, 0.26, 0.26, 0.26)),
+}
+ARCMIN2_PER_STERADIAN = (180.0 * 60.0 / np.pi) ** 2
+
+
+def noise_cl(noise_level: str) -> np.ndarray:
+    """Flat noise spectrum N_ell of the convergence in each bin, shape (4,), in steradian.
+
+    `des_y3` and `lsst_y10` follow the published tiles, N_ell = sigma_e^2 / (2 n_eff). With `_survey`
+    behind the name it is twice that, N_ell = sigma_e^2 / n_eff: the noise of a convergence map made
+    from shear whose dispersion per component is sigma_e. `noiseless` is zero.
+    """
+    if noise_level == "noiseless":
+        return np.zeros(N_BINS)
+    survey = SURVEYS[noise_level.removesuffix("_survey")]
+    power = np.square(survey.sigma_e) / (np.array(survey.n_eff) * ARCMIN2_PER_STERADIAN)
+    return power if noise_level.endswith("_survey") else power / 2

@@ -1,0 +1,297 @@
+"""Tiles in parquet shards: write, check, read.
+
+Two layouts are read: the published one (kappa as nested lists of doubles) and our own compact one
+(kappa as fixed-size lists of float32, with page checksums), which is what we write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.artifacts import atomic_path
+from common.errors import UserError
+from common.progress import Progress
+from data.schema import KEY_NAMES, N_BINS, PARAM_NAMES, THETA_COLUMNS, nside_of, s8_of
+
+S8_TOLERANCE = 1e-4  # relative; S8 is derived from two columns of the same table
+VALUES_PER_READ = 1 << 22  # 16 MB of float32 at a time: small beside any data set worth training on
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles in the canonical order (sim_id, orientation_id, tile_id).
+
+    Attributes:
+        kappa: convergence (dimensionless), float32, shape (n, 4, N, N): bins, then rows y and columns x of
+            the HEALPix face (pixel [y, x] is `xyf2pix(x, y, face)`). In memory the bins run fastest.
+        keys: int64 (n, 3): sim_id, orientation_id, tile_id.
+        params: float64 (n, 8), in the order of PARAM_NAMES.
+        lmax, noise_level: one for all tiles.
+    """
+
+    kappa: np.ndarray
+    keys: np.ndarray
+    params: np.ndarray
+    lmax: int
+    noise_level: str
+
+    @property
+    def theta(self) -> np.ndarray:
+        """(Omega_m, S8), float64 (n, 2)."""
+        return self.params[:, THETA_COLUMNS]
+
+
+def empty_kappa(n_tiles: int, nside: int) -> np.ndarray:
+    """Uninitialised float32 array (n, 4, N, N) whose bins run fastest in memory (channels_last)."""
+    return np.empty((n_tiles, nside, nside, N_BINS), dtype=np.float32).transpose(0, 3, 1, 2)  # (n, 4, N, N)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _compact_schema(nside: int, metadata: dict[str, str]) -> pa.Schema:
+    row = pa.list_(pa.float32(), nside)
+    return pa.schema(
+        [
+            ("kappa", pa.list_(pa.list_(row, nside), N_BINS)),
+            *[(name, pa.int64()) for name in KEY_NAMES],
+            ("noise_level", pa.string()),
+            *[(name, pa.float64()) for name in PARAM_NAMES],
+        ],
+        metadata=metadata,
+    )
+
+
+class ShardWriter:
+    """Writes one shard in the compact layout, a row group per call of `write`."""
+
+    def __init__(self, file: Path, nside: int, metadata: dict[str, str]) -> None:
+        self.schema = _compact_schema(nside, metadata)
+        self.writer = pq.ParquetWriter(
+            file,
+            self.schema,
+            compression="none",
+            use_dictionary=False,
+            write_page_checksum=True,
+            write_statistics=False,
+        )  # noise does not compress, and its values do not repeat
+
+    def write(self, kappa: np.ndarray, keys: np.ndarray, params: np.ndarray, noise_level: str) -> None:
+        """Append tiles: kappa (n, 4, N, N), keys (n, 3), params (n, 8)."""
+        column = pa.array(np.ascontiguousarray(kappa, dtype=np.float32).reshape(-1))  # (n * 4 * N * N,)
+        for size in (kappa.shape[3], kappa.shape[2], kappa.shape[1]):
+            column = pa.FixedSizeListArray.from_arrays(column, size)  # innermost first: rows, bins, tiles
+        columns = [column, *keys.T, pa.array([noise_level] * len(keys)), *params.T]
+        self.writer.write_table(
+            pa.table([pa.array(c) if isinstance(c, np.ndarray) else c for c in columns], self.schema)
+        )
+
+
+@contextmanager
+def open_shard(path: Path, nside: int, metadata: dict[str, str]) -> Iterator[ShardWriter]:
+    """A writer for one shard; the file appears under its name only when the block ends well."""
+    with atomic_path(path) as temporary:
+        shard = ShardWriter(temporary, nside, metadata)
+        with shard.writer:
+            yield shard
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_tiles(folder: Path, lmax: int, noise_level: str) -> Tiles:
+    """Read every shard of a folder into one array, in the canonical order.
+
+    Shards are read a few tiles at a time straight into the array: the peak memory is the array and
+    some 100 MB.
+
+    Args:
+        folder: holds shard_*.parquet.
+        lmax: the tiles must be nside_of(lmax) pixels wide.
+        noise_level: the tiles must be of this one.
+
+    Raises:
+        UserError: anything about the shards that would make a result wrong, with file, row and cure.
+    """
+    paths = sorted(folder.glob("shard_*.parquet"))
+    if not paths:
+        raise UserError(
+            f"no shard_*.parquet in {folder}; make tiles with `python run_mock.py --lmax {lmax} "
+            f"--noise-level {noise_level}`, or give their folder as --tiles-dir"
+        )
+    nside = nside_of(lmax)
+    tables = [_read_labels(path, lmax, noise_level) for path in paths]
+    keys = np.concatenate([table[0] for table in tables])  # (n, 3)
+    params = np.concatenate([table[1] for table in tables])  # (n, 8)
+    rows_per_shard = [len(table[0]) for table in tables]
+    # For messages: which file and row tile i came from.
+    places = [f"{path}, row {row}" for path, n in zip(paths, rows_per_shard, strict=True) for row in range(n)]
+    order = np.lexsort(keys.T[::-1])
+    _check_labels(keys, params, order, places)
+
+    kappa = empty_kappa(len(keys), nside)
+    destination = np.empty(len(keys), dtype=np.int64)
+    destination[order] = np.arange(len(keys))
+    start = 0
+    with Progress("reading tiles", len(keys), "tiles") as progress:
+        for path, n_rows in zip(paths, rows_per_shard, strict=True):
+            _read_kappa(path, nside, lmax, kappa, destination[start : start + n_rows], progress)
+            start += n_rows
+    return Tiles(kappa, keys[order], params[order], lmax, noise_level)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"{path} is truncated or damaged ({reason}); delete it and make or download it again") from None
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, np.ndarray]:
+    """Keys (n, 3) and parameters (n, 8) of one shard, checked row by row."""
+    with _readable(path), _open(path) as file:
+        names = file.schema_arrow.names
+        if missing := [n for n in ("kappa", *KEY_NAMES, "noise_level", *PARAM_NAMES) if n not in names]:
+            raise UserError(
+                f"{path} has no column {', '.join(missing)}; it is not a shard of tiles, take it out of the folder"
+            )
+        _check_kappa_type(path, file.schema_arrow.field("kappa").type)
+        table = file.read(columns=[*KEY_NAMES, "noise_level", *PARAM_NAMES])
+    for name in table.column_names:
+        wanted = pa.types.is_integer if name in KEY_NAMES else pa.types.is_floating if name in PARAM_NAMES else _is_text
+        if not wanted(table.schema.field(name).type):
+            raise UserError(
+                f"{path}: column {name} has type {table.schema.field(name).type}; rebuild the shard with the schema in the README"
+            )
+        if table[name].null_count:
+            row = int(np.argmax(table[name].is_null().to_numpy()))
+            raise UserError(f"{path}, row {row}: {name} is empty; rebuild the shard")
+    levels = table["noise_level"].to_numpy()
+    if (wrong := levels != noise_level).any():
+        row = int(np.argmax(wrong))
+        raise UserError(
+            f"{path}, row {row}: noise level {levels[row]!r}, but {noise_level!r} was asked for; change --noise-level or --tiles-dir"
+        )
+    params = np.stack([table[name].to_numpy() for name in PARAM_NAMES], axis=1).astype(np.float64)  # (n, 8)
+    if not (finite := np.isfinite(params).all(axis=1)).all():
+        row = int(np.argmin(finite))
+        name = PARAM_NAMES[int(np.argmin(np.isfinite(params[row])))]
+        raise UserError(f"{path}, row {row}: {name} is not finite; rebuild the shard")
+    keys = np.stack([table[name].to_numpy() for name in KEY_NAMES], axis=1).astype(np.int64)  # (n, 3)
+    return keys, params
+
+
+def _is_text(arrow_type: pa.DataType) -> bool:
+    return pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type)
+
+
+def _is_list(arrow_type: pa.DataType) -> bool:
+    return pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type) or pa.types.is_fixed_size_list(arrow_type)
+
+
+def _check_kappa_type(path: Path, arrow_type: pa.DataType) -> None:
+    inner = arrow_type
+    for _ in range(3):
+        if not _is_list(inner):
+            break
+        inner = inner.value_type
+    else:
+        if pa.types.is_float32(inner) or pa.types.is_float64(inner):
+            return
+    raise UserError(
+        f"{path}: kappa has type {arrow_type}, not three nested lists of float or double; rebuild the shard"
+    )
+
+
+def _check_labels(keys: np.ndarray, params: np.ndarray, order: np.ndarray, places: list[str]) -> None:
+    """Checks that need all shards: keys, cosmologies, S8."""
+    s8 = s8_of(params[:, PARAM_NAMES.index("sigma_8")], params[:, PARAM_NAMES.index("Omega_m")])
+    given = params[:, PARAM_NAMES.index("S8")]
+    if (wrong := ~(np.abs(given - s8) <= S8_TOLERANCE * np.abs(s8))).any():
+        i = int(np.argmax(wrong))
+        raise UserError(
+            f"{places[i]}: S8 = {given[i]:.5f}, but sigma_8 (Omega_m/0.3)^0.5 = {s8[i]:.5f}; rebuild the shard from a consistent table"
+        )
+    first, second = order[:-1], order[1:]
+    if (same := (keys[first] == keys[second]).all(axis=1)).any():
+        i = int(np.argmax(same))
+        sim, orientation, tile = keys[first[i]]
+        raise UserError(
+            f"{places[second[i]]}: tile (sim {sim}, orientation {orientation}, tile {tile}) is in {places[first[i]]} already; "
+            "remove one of the two shards"
+        )
+    clash = (keys[first, 0] == keys[second, 0]) & (params[first] != params[second]).any(axis=1)
+    if clash.any():
+        i = int(np.argmax(clash))
+        raise UserError(
+            f"{places[second[i]]}: simulation {keys[first[i], 0]} has another cosmology than in {places[first[i]]}; "
+            "the folder mixes two suites, separate them"
+        )
+
+
+def _read_kappa(
+    path: Path, nside: int, lmax: int, kappa: np.ndarray, destination: np.ndarray, progress: Progress
+) -> None:
+    """Read the kappa of one shard into kappa[destination]."""
+    batch_size = max(1, VALUES_PER_READ // (N_BINS * nside * nside))
+    row = 0
+    with _readable(path), _open(path) as file:
+        for batch in file.iter_batches(batch_size, columns=["kappa"], use_threads=False):
+            if row + len(batch) > len(destination):
+                break
+            values = _flat_values(batch.column(0), nside, lmax, path, row)
+            tiles = values.reshape(len(batch), N_BINS, nside, nside)  # (n, 4, N, N)
+            with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite and is refused below
+                tiles = tiles.astype(np.float32, copy=False)
+            if not (finite := np.isfinite(tiles).all(axis=(1, 2, 3))).all():
+                raise UserError(
+                    f"{path}, row {row + int(np.argmin(finite))}: kappa has NaN or infinite pixels; rebuild the shard"
+                )
+            kappa[destination[row : row + len(batch)]] = tiles
+            row += len(batch)
+            progress.advance(len(batch))
+    if row != len(destination):
+        raise UserError(f"{path} changed while it was read; wait until it is complete and start again")
+
+
+def _flat_values(array: pa.Array, nside: int, lmax: int, path: Path, first_row: int) -> np.ndarray:
+    """The pixels of a batch of tiles as one flat array, after checking that every list has the right length."""
+    n_rows = len(array)
+    lists_per_row = 1
+    for size in (N_BINS, nside, nside):
+        if array.null_count:
+            row = first_row + int(np.argmax(array.is_null().to_numpy(zero_copy_only=False))) // lists_per_row
+            raise UserError(f"{path}, row {row}: kappa is empty; rebuild the shard")
+        if pa.types.is_fixed_size_list(array.type):
+            lengths = np.full(len(array), array.type.list_size)
+        else:
+            lengths = np.diff(array.offsets.to_numpy())
+        if (wrong := lengths != size).any():
+            i = int(np.argmax(wrong))
+            raise UserError(
+                f"{path}, row {first_row + i // lists_per_row}: kappa is not ({N_BINS}, {nside}, {nside}), the shape for "
+                f"lmax {lmax} (a length is {lengths[i]} where {size} is due); change --lmax or --tiles-dir"
+            )
+        array = array.flatten()
+        lists_per_row *= size
+    if array.null_count:
+        row = first_row + int(np.argmax(array.is_null().to_numpy(zero_copy_only=False))) // lists_per_row
+        raise UserError(f"{path}, row {row}: kappa has empty pixels; rebuild the shard")
+    if len(array) != n_rows * lists_per_row:
+        raise UserError(
+            f"{path}, row {first_row}: kappa holds {len(array)} pixels for {n_rows} tiles; rebuild the shard"
+        )
+    return array.to_numpy()

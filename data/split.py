@@ -1,0 +1,150 @@
+"""The split of a data set: made once, written as split_manifest.json, loaded by stage 2."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.artifacts import read_json, sha256_of_json, write_json
+from common.config import SplitBy
+from common.errors import UserError
+from data.schema import KEY_NAMES
+from data.shards import Tiles
+
+# Per cent of what is left without the fiducial simulation; the test split takes the remainder of the rounding.
+PERCENT = {"compressor_train": 70, "npe_train": 25, "test": 5}
+SPLIT_NAMES = (*PERCENT, "fiducial")
+MANIFEST_NAME = "split_manifest.json"
+
+
+@dataclass(frozen=True)
+class SplitManifest:
+    """Which tile is in which split.
+
+    Attributes:
+        split_by: "tile" or "sim", what was dealt out.
+        seed: of the split.
+        fiducial_sim_id: the simulation held out of all splits but "fiducial".
+        lmax, noise_level: of the tiles.
+        fingerprint: SHA-256 over keys and parameters of the whole data set.
+        splits: for each of SPLIT_NAMES the keys (n, 3) of its tiles, in the canonical order.
+    """
+
+    split_by: SplitBy
+    seed: int
+    fiducial_sim_id: int
+    lmax: int
+    noise_level: str
+    fingerprint: str
+    splits: dict[str, np.ndarray]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON content, with `sha256` over all the rest."""
+        content: dict[str, Any] = {
+            "split_by": self.split_by,
+            "seed": self.seed,
+            "percent": PERCENT,
+            "fiducial_sim_id": self.fiducial_sim_id,
+            "lmax": self.lmax,
+            "noise_level": self.noise_level,
+            "fingerprint": self.fingerprint,
+            "key": list(KEY_NAMES),
+            "splits": {name: keys.tolist() for name, keys in self.splits.items()},
+        }
+        return {**content, "sha256": sha256_of_json(content)}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the manifest; checkpoints carry it."""
+        return str(self.to_json()["sha256"])
+
+
+def fingerprint_of(tiles: Tiles) -> str:
+    """SHA-256 over lmax, noise level, keys and parameters, in the canonical order: however the shards were cut."""
+    digest = hashlib.sha256(f"{tiles.lmax} {tiles.noise_level}".encode())
+    digest.update(np.ascontiguousarray(tiles.keys, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(tiles.params, dtype="<f8").tobytes())
+    return digest.hexdigest()
+
+
+def _shuffled(items: list[tuple[int, ...]], seed: int) -> list[tuple[int, ...]]:
+    """A shuffle that no library update can change: the order of SHA-256 over seed and item."""
+    return sorted(items, key=lambda item: hashlib.sha256(":".join(map(str, (seed, *item))).encode()).digest())
+
+
+def deal_keys(keys: np.ndarray, seed: int, split_by: SplitBy, fiducial_sim_id: int) -> dict[str, np.ndarray]:
+    """Deal the keys (n, 3) out: the fiducial simulation first, then 70 / 25 / 5 % of tiles or simulations.
+
+    Raises:
+        UserError: too few tiles or simulations to fill every split.
+    """
+    fiducial = keys[:, 0] == fiducial_sim_id
+    rest = keys[~fiducial]
+    units = rest if split_by == "tile" else np.unique(rest[:, :1])[:, None]  # (n_units, 3 or 1)
+    shuffled = _shuffled([tuple(int(v) for v in unit) for unit in units], seed)
+    splits, start = {}, 0
+    for name, percent in PERCENT.items():
+        stop = len(shuffled) if name == "test" else start + len(shuffled) * percent // 100
+        chosen = set(shuffled[start:stop])
+        if not chosen:
+            raise UserError(
+                f"{len(shuffled)} {split_by}s without the fiducial simulation are too few for a {percent} % {name} split; "
+                "add simulations (run_mock.py --n-sims)"
+            )
+        splits[name] = np.array([key for key in rest if tuple(int(v) for v in key[: units.shape[1]]) in chosen])
+        start = stop
+    splits["fiducial"] = keys[fiducial]
+    return splits
+
+
+def make_manifest(tiles: Tiles, seed: int, split_by: SplitBy, fiducial_sim_id: int) -> SplitManifest:
+    """Split a data set; depends on its keys alone."""
+    splits = deal_keys(tiles.keys, seed, split_by, fiducial_sim_id)
+    return SplitManifest(split_by, seed, fiducial_sim_id, tiles.lmax, tiles.noise_level, fingerprint_of(tiles), splits)
+
+
+def write_manifest(folder: Path, manifest: SplitManifest) -> None:
+    """Write split_manifest.json."""
+    write_json(folder / MANIFEST_NAME, manifest.to_json())
+
+
+def read_manifest(folder: Path) -> SplitManifest:
+    """Read split_manifest.json.
+
+    Raises:
+        UserError: missing, not JSON, or changed since it was written.
+    """
+    path = folder / MANIFEST_NAME
+    content = read_json(path)
+    try:
+        splits = {name: np.array(content["splits"][name], dtype=np.int64).reshape(-1, 3) for name in SPLIT_NAMES}
+        fields = ("split_by", "seed", "fiducial_sim_id", "lmax", "noise_level", "fingerprint")
+        manifest = SplitManifest(**{field: content[field] for field in fields}, splits=splits)
+        intact = content == manifest.to_json()
+    except (KeyError, TypeError, ValueError):
+        intact = False
+    if not intact:
+        raise UserError(f"{path} was changed after it was written (its hash does not fit); run stage 1 again")
+    return manifest
+
+
+def split_indices(manifest: SplitManifest, tiles: Tiles, folder: Path) -> dict[str, np.ndarray]:
+    """Positions in `tiles` of every split's tiles.
+
+    Raises:
+        UserError: the manifest was made for another data set.
+    """
+    if fingerprint_of(tiles) != manifest.fingerprint:
+        raise UserError(
+            f"the tiles in {folder} are not those that stage 1 was trained on (fingerprint {fingerprint_of(tiles)[:12]}, "
+            f"manifest {manifest.fingerprint[:12]}); give the same tiles as --tiles-dir, or run stage 1 on these"
+        )
+    position = {tuple(key): i for i, key in enumerate(tiles.keys.tolist())}
+    return {
+        name: np.array([position[tuple(key)] for key in keys.tolist()], dtype=np.int64)
+        for name, keys in manifest.splits.items()
+    }

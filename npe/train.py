@@ -1,0 +1,234 @@
+"""Stage 2: train the Gaussian NPE on the fly behind the frozen compressor, then the Figure of Merit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.artifacts import (
+    COMPRESSOR_RUNS,
+    make_empty_folder,
+    npe_folder,
+    refuse_finished_run,
+    tiles_folder,
+    write_json,
+)
+from common.config import NPEConfig
+from common.device import describe_device, pick_device, seeded_generator, versions
+from common.early_stopping import EarlyStopping
+from common.errors import UserError
+from common.progress import Progress, append_metrics
+from compress.model import TrainedCompressor, load_compressor
+from data.module import TileDataModule
+from data.norm_stats import read_norm_stats
+from data.schema import THETA_NAMES
+from data.split import MANIFEST_NAME, read_manifest
+from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all, compressed_batches
+from npe.fom import augmentation_shift, bootstrap_median, bootstrap_median_over_tiles
+from npe.model import CHECKPOINT_NAME, GaussianNPE, Posterior, load_npe, predict_posterior, save_npe
+from npe.pictures import draw_fom, draw_loss_curves
+
+RESULT_NAME, METRICS_NAME = "fom_result.json", "metrics.jsonl"
+
+
+def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Run stage 2 from a stage-1 checkpoint to fom_result.json.
+
+    Args:
+        config: all options.
+        on_checkpoint: called after each file that must not be lost is written (Modal commits its Volume).
+
+    Returns:
+        the content of fom_result.json.
+
+    Raises:
+        UserError: bad input, tiles that stage 1 did not see, no fiducial tiles, a finished run of the same
+            tag, or a loss that is not finite.
+    """
+    start = time.monotonic()
+    device = pick_device(config.device)
+    compressor_run = Path(config.ckpt).parent
+    trained = load_compressor(Path(config.ckpt), device, config.precision)
+    _check_against(config, trained)
+    results_dir = config.results_dir or _results_dir_of(compressor_run)
+    folder = npe_folder(results_dir, config.tag or trained.config.run_tag)
+    refuse_finished_run(folder, RESULT_NAME, config.restart)
+    data = _read_tiles(config, trained, compressor_run, results_dir, device)
+    theta_std = np.array(data.norm_stats.theta_std)
+    make_empty_folder(folder)
+
+    augment = seeded_generator(config.seed, "npe augment")
+    compressed = CompressedTileDataModule(data, trained.model, augment)
+    compressor_checkpoint = f"{compressor_run.resolve().name}/{Path(config.ckpt).name}"
+    stopper = EarlyStopping(config.patience)
+    epochs = fit(compressed, config, stopper, folder, compressor_checkpoint, on_checkpoint, device)
+
+    npe = load_npe(folder / CHECKPOINT_NAME, device)
+    fiducial = _posterior_of(npe, compressed.fiducial_ds, data, config.batch_size)
+    test = _posterior_of(npe, compressed.val_ds, data, config.batch_size)
+    rng = np.random.default_rng([config.seed, 1])
+    test_median = bootstrap_median(test.fom, data.manifest.splits["test"][:, 0], rng)
+    fiducial_median = bootstrap_median_over_tiles(fiducial.fom, rng)
+    result = {
+        "lmax": trained.config.lmax,
+        "noise_level": trained.config.noise_level,
+        "fom_fiducial_median": float(np.median(fiducial.fom)),
+        "fom_fiducial_std": float(np.std(fiducial.fom, ddof=1)),
+        "fom_fiducial_all": fiducial.fom.tolist(),
+        "fom_test_median": float(np.median(test.fom)),
+        "fom_test_lo_16": float(np.percentile(test_median, 16)),
+        "fom_test_hi_84": float(np.percentile(test_median, 84)),
+        "compressor_checkpoint": compressor_checkpoint,
+        "fiducial": {
+            "sim_id": data.manifest.fiducial_sim_id,
+            "theta": list(THETA_NAMES),
+            "theta_true": data.tiles.theta[data.fiducial_ds.rows[0]].tolist(),
+            "mu": fiducial.mu.tolist(),
+            "cov": fiducial.cov.tolist(),
+            "fom_min": float(fiducial.fom.min()),
+            "fom_max": float(fiducial.fom.max()),
+            "fom_median_lo_16": float(np.percentile(fiducial_median, 16)),
+            "fom_median_hi_84": float(np.percentile(fiducial_median, 84)),
+        },
+        "npe": {
+            "epochs": epochs,
+            "best_epoch": stopper.best_epoch,
+            "best_test_nll": stopper.best_loss,
+            "stopped": "early stopping" if stopper.should_stop() else "max_epochs",
+            "n_train_tiles": len(compressed.train_ds),
+            "n_test_tiles": len(compressed.val_ds),
+        },
+        "augmentation_shift_in_sigma": augmentation_shift(
+            compressed.val_ds,
+            test,
+            theta_std,
+            config.batch_size,
+            seeded_generator(config.seed, "npe augmentation shift"),
+        ),
+        "compressor": {"val_mse": trained.val_mse, "epoch": trained.epoch, "config": asdict(trained.config)},
+        "manifest_sha256": data.manifest.sha256,
+        "folder": str(folder),
+        "elapsed_s": round(time.monotonic() - start, 1),
+        "device": describe_device(device),
+        "precision": str(trained.model.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "config": asdict(config),
+    }
+    draw_fom(fiducial, np.array(result["fiducial"]["theta_true"]), result, folder / "fom.png")
+    draw_loss_curves(folder / METRICS_NAME, folder / "loss_curves.png")
+    write_json(folder / RESULT_NAME, result)
+    on_checkpoint()
+    return result
+
+
+def fit(
+    compressed: CompressedTileDataModule,
+    config: NPEConfig,
+    stopper: EarlyStopping,
+    folder: Path,
+    compressor_checkpoint: str,
+    on_checkpoint: Callable[[], None],
+    device: torch.device,
+) -> int:
+    """The training loop; writes npe_best.ckpt and metrics.jsonl. Returns the number of epochs that were run."""
+    torch.manual_seed(config.seed)
+    npe = GaussianNPE().to(device)
+    optimizer = torch.optim.AdamW(npe.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    shuffle = seeded_generator(config.seed, "npe shuffle")
+    val_summary, val_theta = compress_all(compressed.val_ds, config.batch_size)  # never augmented: once is enough
+    epoch = 0
+    with Progress("training the NPE", config.max_epochs, "epochs") as progress:
+        for epoch in range(config.max_epochs):
+            epoch_start = time.monotonic()
+            npe.train()
+            losses = []
+            for summary, theta in compressed_batches(compressed.train_ds, config.batch_size, shuffle):
+                loss = npe.nll(summary, theta).mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+
+            npe.eval()
+            with torch.no_grad():
+                test_nll = float(npe.nll(val_summary, val_theta).mean())
+            train_nll = float(torch.stack(losses).mean())
+            if not math.isfinite(train_nll + test_nll):
+                raise UserError(f"the NPE loss is not finite in epoch {epoch}; try a lower --learning-rate")
+            if stopper.update(test_nll, epoch):
+                save_npe(folder / CHECKPOINT_NAME, npe, config, compressor_checkpoint, epoch, test_nll)
+                on_checkpoint()
+            seconds = round(time.monotonic() - epoch_start, 3)
+            append_metrics(
+                folder / METRICS_NAME,
+                {"epoch": epoch, "train_nll": train_nll, "test_nll": test_nll, "seconds": seconds},
+            )
+            progress.advance(1, f"test_nll {test_nll:.4f}, best {stopper.best_loss:.4f}")
+            if stopper.should_stop():
+                break
+    return epoch + 1
+
+
+def _posterior_of(npe: GaussianNPE, dataset: CompressedTileDataset, data: TileDataModule, batch_size: int) -> Posterior:
+    summary, _ = compress_all(dataset, batch_size)
+    return predict_posterior(npe, summary, data.norm_stats)
+
+
+def _results_dir_of(compressor_run: Path) -> Path:
+    """The results folder that a stage-1 run lies in: results/field_compressor_runs/{tag}.
+
+    Raises:
+        UserError: the checkpoint lies elsewhere.
+    """
+    parent = compressor_run.resolve().parent
+    if parent.name != COMPRESSOR_RUNS:
+        raise UserError(f"--ckpt does not lie in a {COMPRESSOR_RUNS} folder; say with --results-dir where to write")
+    return parent.parent
+
+
+def _check_against(config: NPEConfig, trained: TrainedCompressor) -> None:
+    for name in ("lmax", "noise_level"):
+        wanted, found = getattr(config, name), getattr(trained.config, name)
+        if wanted is not None and wanted != found:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {wanted}, but {config.ckpt} was trained at {found}; leave {flag} out or give another --ckpt"
+            )
+
+
+def _read_tiles(
+    config: NPEConfig, trained: TrainedCompressor, compressor_run: Path, results_dir: str | Path, device: torch.device
+) -> TileDataModule:
+    """The data set of stage 1, with its split and normalisation."""
+    manifest = read_manifest(compressor_run)
+    if manifest.sha256 != trained.manifest_sha256:
+        raise UserError(
+            f"{compressor_run / MANIFEST_NAME} is not the split that {config.ckpt} was trained with; restore it or run stage 1 again"
+        )
+    if len(manifest.splits["fiducial"]) == 0:
+        raise UserError(
+            f"the data set of {config.ckpt} has no simulation {manifest.fiducial_sim_id}, so there is no fiducial FoM; "
+            "add it to the tiles, or choose another with --fiducial-sim-id, and run stage 1 again"
+        )
+    own = tiles_folder(results_dir, manifest.lmax, manifest.noise_level)
+    folder = Path(config.tiles_dir or trained.config.tiles_dir or own)
+    data = TileDataModule(
+        folder,
+        manifest.lmax,
+        manifest.noise_level,
+        manifest.fiducial_sim_id,
+        split_seed=manifest.seed,
+        split_by=manifest.split_by,
+        device=device,
+        manifest=manifest,
+        norm_stats=read_norm_stats(compressor_run),
+    )
+    data.setup()
+    return data

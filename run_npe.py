@@ -1,0 +1,61 @@
+"""Stage 2, posterior and Figure of Merit from a trained compressor.
+
+python run_npe.py --ckpt results/field_compressor_runs/<tag>/best.ckpt       here
+modal run run_npe.py --ckpt results/field_compressor_runs/<tag>/best.ckpt    on a Modal GPU, same options
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import remote
+from common.config import NPEConfig, parse_args, with_signature_of
+from common.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main() -> None:
+    """Parse, train, print."""
+    config = parse_args(NPEConfig)
+    from npe.train import train_npe  # after parsing: --help and a bad value need no torch
+
+    report(train_npe(config))
+
+
+def report(result: dict[str, Any]) -> None:
+    """What the user waited for."""
+    fiducial, folder = result["fiducial"], result["folder"]
+    print(
+        f"FoM(Omega_m, S8), lmax {result['lmax']}, {result['noise_level']}, median of {len(result['fom_fiducial_all'])} "
+        f"tiles of the fiducial simulation {fiducial['sim_id']}\n"
+        f"fiducial  {result['fom_fiducial_median']:.0f}  tile-to-tile scatter {result['fom_fiducial_std']:.0f}, "
+        f"median within {fiducial['fom_median_lo_16']:.0f} ... {fiducial['fom_median_hi_84']:.0f} (68 %)\n"
+        f"test      {result['fom_test_median']:.0f}  median within {result['fom_test_lo_16']:.0f} ... "
+        f"{result['fom_test_hi_84']:.0f} (68 %), cosmologies of the test split\n"
+        f"pictures  {folder}/fom.png\n"
+        f"          {folder}/loss_curves.png\n"
+        f"all       {folder}/fom_result.json"
+    )
+
+
+if remote.modal is not None:
+    app = remote.modal.App("kappa-fom-npe")
+
+    @app.function(**remote.GPU_FUNCTION)
+    def npe_in_container(options: dict[str, Any]) -> dict[str, Any]:
+        """Stage 2 in a container with a GPU."""
+        from npe.train import train_npe
+
+        return remote.in_container(train_npe, NPEConfig, options)
+
+    @app.local_entrypoint()
+    @exit_on_user_error
+    @with_signature_of(NPEConfig)
+    def modal_main(**options: Any) -> None:
+        """Stage 2 on Modal."""
+        NPEConfig(**options)  # a senseless value is refused here, before anything is sent
+        report(remote.out_of_container(npe_in_container.remote(options)))
+
+
+if __name__ == "__main__":
+    main()
