@@ -26,8 +26,8 @@ def report(result: dict[str, Any]) -> None:
     """What the user waited for."""
     fiducial, folder = result["fiducial"], result["folder"]
     print(
-        f"FoM(Omega_m, S8), lmax {result['lmax']}, {result['noise_level']}, median of {len(result['fom_fiducial_all'])} "
-        f"tiles of the fiducial simulation {fiducial['sim_id']}\n"
+        f"FoM(Omega_m, S8), lmax {result['lmax']}, {result['noise_level']}, median of "
+        f"{len(result['fom_fiducial_all'])} tiles of the fiducial simulation {fiducial['sim_id']}\n"
         f"fiducial  {result['fom_fiducial_median']:.0f}  tile-to-tile scatter {result['fom_fiducial_std']:.0f}, "
         f"median within {fiducial['fom_median_lo_16']:.0f} ... {fiducial['fom_median_hi_84']:.0f} (68 %)\n"
         f"test      {result['fom_test_median']:.0f}  median within {result['fom_test_lo_16']:.0f} ... "

@@ -123,7 +123,7 @@ class CompressorConfig(TileOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class NPEConfig(SharedOptions):
-    """Stage 2: learn the posterior from the frozen compressor's summaries; Figure of Merit at the fiducial simulation."""
+    """Stage 2: learn the posterior from the frozen compressor's summaries; the Figure of Merit at the fiducial."""
 
     ckpt: str = required("best.ckpt of a stage-1 run; its split and normalisation are read from beside it")
     results_dir: str = option("", "folder to read from and write to (default: the one that --ckpt lies in)")

@@ -24,7 +24,7 @@ def pick_device(name: Device) -> torch.device:
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
     if not available[name]:
         raise UserError(
-            f"--device {name}: PyTorch {torch.__version__} sees none here; use --device cpu or install the matching wheel"
+            f"--device {name}: PyTorch {torch.__version__} sees none here; use --device cpu or another wheel"
         )
     return torch.device(name)
 

@@ -58,10 +58,9 @@ def compute_norm_stats(tiles: Tiles, indices: np.ndarray) -> NormStats:
     theta_std = theta.std(axis=0)
     if not (std > 0).all() or not (theta_std > 0).all():
         raise UserError(
-            "a tomographic bin or a parameter is constant over the training split; add simulations with other cosmologies"
+            "a bin or a parameter is constant over the training split; add simulations with other cosmologies"
         )
-    as_tuple = lambda values: tuple(float(v) for v in values)  # noqa: E731
-    return NormStats(as_tuple(mean), as_tuple(std), as_tuple(theta.mean(axis=0)), as_tuple(theta_std))
+    return NormStats(*(tuple(float(v) for v in values) for values in (mean, std, theta.mean(axis=0), theta_std)))
 
 
 def write_norm_stats(folder: Path, stats: NormStats) -> None:

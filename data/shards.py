@@ -174,7 +174,8 @@ def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, n
         wanted = pa.types.is_integer if name in KEY_NAMES else pa.types.is_floating if name in PARAM_NAMES else _is_text
         if not wanted(table.schema.field(name).type):
             raise UserError(
-                f"{path}: column {name} has type {table.schema.field(name).type}; rebuild the shard with the schema in the README"
+                f"{path}: column {name} has type {table.schema.field(name).type}; "
+                "rebuild the shard with the schema in the README"
             )
         if table[name].null_count:
             row = int(np.argmax(table[name].is_null().to_numpy()))
@@ -183,7 +184,8 @@ def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, n
     if (wrong := levels != noise_level).any():
         row = int(np.argmax(wrong))
         raise UserError(
-            f"{path}, row {row}: noise level {levels[row]!r}, but {noise_level!r} was asked for; change --noise-level or --tiles-dir"
+            f"{path}, row {row}: noise level {levels[row]!r}, but {noise_level!r} was asked for; "
+            "change --noise-level or --tiles-dir"
         )
     params = np.stack([table[name].to_numpy() for name in PARAM_NAMES], axis=1).astype(np.float64)  # (n, 8)
     if not (finite := np.isfinite(params).all(axis=1)).all():
@@ -223,15 +225,16 @@ def _check_labels(keys: np.ndarray, params: np.ndarray, order: np.ndarray, place
     if (wrong := ~(np.abs(given - s8) <= S8_TOLERANCE * np.abs(s8))).any():
         i = int(np.argmax(wrong))
         raise UserError(
-            f"{places[i]}: S8 = {given[i]:.5f}, but sigma_8 (Omega_m/0.3)^0.5 = {s8[i]:.5f}; rebuild the shard from a consistent table"
+            f"{places[i]}: S8 = {given[i]:.5f}, but sigma_8 (Omega_m/0.3)^0.5 = {s8[i]:.5f}; "
+            "rebuild the shard from a consistent table"
         )
     first, second = order[:-1], order[1:]
     if (same := (keys[first] == keys[second]).all(axis=1)).any():
         i = int(np.argmax(same))
         sim, orientation, tile = keys[first[i]]
         raise UserError(
-            f"{places[second[i]]}: tile (sim {sim}, orientation {orientation}, tile {tile}) is in {places[first[i]]} already; "
-            "remove one of the two shards"
+            f"{places[second[i]]}: tile (sim {sim}, orientation {orientation}, tile {tile}) is in {places[first[i]]} "
+            "already; remove one of the two shards"
         )
     clash = (keys[first, 0] == keys[second, 0]) & (params[first] != params[second]).any(axis=1)
     if clash.any():
@@ -282,8 +285,8 @@ def _flat_values(array: pa.Array, nside: int, lmax: int, path: Path, first_row: 
         if (wrong := lengths != size).any():
             i = int(np.argmax(wrong))
             raise UserError(
-                f"{path}, row {first_row + i // lists_per_row}: kappa is not ({N_BINS}, {nside}, {nside}), the shape for "
-                f"lmax {lmax} (a length is {lengths[i]} where {size} is due); change --lmax or --tiles-dir"
+                f"{path}, row {first_row + i // lists_per_row}: kappa is not ({N_BINS}, {nside}, {nside}), the shape "
+                f"for lmax {lmax} (a length is {lengths[i]} where {size} is due); change --lmax or --tiles-dir"
             )
         array = array.flatten()
         lists_per_row *= size

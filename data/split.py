@@ -92,8 +92,8 @@ def deal_keys(keys: np.ndarray, seed: int, split_by: SplitBy, fiducial_sim_id: i
         chosen = set(shuffled[start:stop])
         if not chosen:
             raise UserError(
-                f"{len(shuffled)} {split_by}s without the fiducial simulation are too few for a {percent} % {name} split; "
-                "add simulations (run_mock.py --n-sims)"
+                f"{len(shuffled)} {split_by}s without the fiducial simulation are too few for a {percent} % {name} "
+                "split; add simulations (run_mock.py --n-sims)"
             )
         splits[name] = np.array([key for key in rest if tuple(int(v) for v in key[: units.shape[1]]) in chosen])
         start = stop
@@ -138,9 +138,9 @@ def split_indices(manifest: SplitManifest, tiles: Tiles, folder: Path) -> dict[s
     Raises:
         UserError: the manifest was made for another data set.
     """
-    if fingerprint_of(tiles) != manifest.fingerprint:
+    if (found := fingerprint_of(tiles)) != manifest.fingerprint:
         raise UserError(
-            f"the tiles in {folder} are not those that stage 1 was trained on (fingerprint {fingerprint_of(tiles)[:12]}, "
+            f"the tiles in {folder} are not those that stage 1 was trained on (fingerprint {found[:12]}, in the "
             f"manifest {manifest.fingerprint[:12]}); give the same tiles as --tiles-dir, or run stage 1 on these"
         )
     position = {tuple(key): i for i, key in enumerate(tiles.keys.tolist())}

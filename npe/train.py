@@ -210,7 +210,8 @@ def _read_tiles(
     manifest = read_manifest(compressor_run)
     if manifest.sha256 != trained.manifest_sha256:
         raise UserError(
-            f"{compressor_run / MANIFEST_NAME} is not the split that {config.ckpt} was trained with; restore it or run stage 1 again"
+            f"{compressor_run / MANIFEST_NAME} is not the split that {config.ckpt} was trained with; "
+            "restore it or run stage 1 again"
         )
     if len(manifest.splits["fiducial"]) == 0:
         raise UserError(

@@ -113,11 +113,16 @@ def lognormal_alm(cl: np.ndarray, lmax: int, rng: np.random.Generator) -> np.nda
     return np.stack(alm)  # (4, n_alm)
 
 
+def band_of(lmax: int, field: str) -> int:
+    """Largest multipole that theory is needed for."""
+    return int(np.ceil(BAND_MARGIN * lmax)) if field == "lognormal" else lmax
+
+
 def signal_alm(cosmo: np.ndarray, field: str, lmax: int, rng: np.random.Generator) -> np.ndarray:
     """Convergence of one sky without noise, (4, n_alm(lmax)), for a cosmology (7,) and "lognormal" or "gaussian"."""
     if field == "gaussian":
-        return gaussian_alm(covariance_root(theory_cl(cosmo, lmax)[0]), rng)
-    return lognormal_alm(theory_cl(cosmo, int(np.ceil(BAND_MARGIN * lmax)))[0], lmax, rng)
+        return gaussian_alm(covariance_root(theory_cl(cosmo, band_of(lmax, field))[0]), rng)
+    return lognormal_alm(theory_cl(cosmo, band_of(lmax, field))[0], lmax, rng)
 
 
 def noise_alm(noise_level: str, lmax: int, rng: np.random.Generator) -> np.ndarray:

@@ -11,10 +11,11 @@ from data.schema import FACES
 
 # ZYZ Euler angles in degrees (first about z, then about the original y, then about the original z), one row
 # per orientation_id. "disjoint" brings the twelve equatorial faces onto the centres of the twelve HEALPix base
-# faces. "published" is the geometry of EiffL/GowerStreetDESY3, whose tiles overlap.
+# faces. "published" is the geometry of EiffL/GowerStreetDESY3, whose tiles overlap; it is stated there as (0, 0, 0),
+# (0, 90, 0), (90, 0, 0) for turning the frame, and these angles turn the sky, hence the signs.
 ORIENTATIONS = {
     "disjoint": ((0.0, 0.0, 0.0), (45.0, 90.0, 45.0), (135.0, 90.0, 45.0)),
-    "published": ((0.0, 0.0, 0.0), (0.0, 90.0, 0.0), (90.0, 0.0, 0.0)),
+    "published": ((0.0, 0.0, 0.0), (0.0, -90.0, 0.0), (-90.0, 0.0, 0.0)),
 }
 
 

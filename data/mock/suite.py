@@ -24,9 +24,10 @@ from common.config import MockConfig
 from common.errors import UserError
 from common.progress import Progress
 from data.mock.cosmology import design, params_of
-from data.mock.fields import noise_alm, signal_alm
+from data.mock.fields import band_of, noise_alm, signal_alm
 from data.mock.geometry import ORIENTATIONS, tiles_of_alm
 from data.mock.pictures import draw_suite
+from data.mock.theory import theory_cl
 from data.schema import FACES, SIMS_PER_SHARD, TILES_PER_SIM, nside_of
 from data.shards import open_shard
 
@@ -82,6 +83,7 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
     )
     sim_ids, cosmologies = design(config.n_sims, config.seed, config.fiducial_sim_id)
     params = params_of(cosmologies)  # (n_sims, 8)
+    theory_cl(cosmologies[:1], band_of(config.lmax, config.field))  # refuses an lmax beyond the table
     description = _description(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,37 @@
+# `make demo`: from nothing to a Figure of Merit with pictures.   `make test`: ruff, mypy, pytest.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := --results-dir results/demo
+
+.PHONY: demo test slow lint clean
+
+demo: .venv/installed
+	$(BIN)/python run_mock.py $(DEMO) --lmax 200 --noise-level des_y3 --n-sims 300
+	$(BIN)/python run_compressor.py $(DEMO) --lmax 200 --noise-level des_y3 --backbone tiny --tag demo --restart \
+		--max-epochs 25 --warmup-steps 100 --decay-epochs 2
+	$(BIN)/python run_npe.py --ckpt results/demo/field_compressor_runs/demo/best.ckpt --restart
+
+test: .venv/installed-dev lint
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@

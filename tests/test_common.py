@@ -1,0 +1,146 @@
+"""Schedule, early stopping, files, checkpoints, options."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from common.artifacts import atomic_path, write_json
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.config import CompressorConfig, MockConfig, NPEConfig, parse_args, with_signature_of
+from common.early_stopping import EarlyStopping
+from common.errors import UserError
+from common.schedule import lr_at
+
+SCHEDULE = {"steps_per_epoch": 52, "peak": 8e-3, "warmup_steps": 500, "decay_factor": 0.85, "decay_epochs": 20}
+
+
+def test_warm_up_is_linear_and_then_the_rate_falls_in_steps() -> None:
+    assert lr_at(0, **SCHEDULE) == pytest.approx(8e-3 / 500)
+    assert lr_at(249, **SCHEDULE) == pytest.approx(4e-3)
+    assert lr_at(499, **SCHEDULE) == lr_at(20 * 52 - 1, **SCHEDULE) == 8e-3
+    assert lr_at(20 * 52, **SCHEDULE) == pytest.approx(8e-3 * 0.85)
+    assert lr_at(500 * 52 - 1, **SCHEDULE) == pytest.approx(8e-3 * 0.85**24)
+    assert lr_at(0, **{**SCHEDULE, "warmup_steps": 0}) == 8e-3
+
+
+def test_early_stopping_waits_its_patience_and_a_query_changes_nothing() -> None:
+    stopper, losses = EarlyStopping(patience=3), [5.0, 4.0, 4.5, 4.0, 3.9, 4.1, 4.2, 4.3]
+    best, stopped = [], []
+    for epoch, loss in enumerate(losses):
+        best.append(stopper.update(loss, epoch))
+        stopped.append([stopper.should_stop() for _ in range(4)][-1])
+    assert best == [True, True, False, False, True, False, False, False]  # a tie is no improvement
+    assert stopped == [False] * 7 + [True]
+    assert (stopper.best_epoch, stopper.best_loss) == (4, 3.9)
+    with pytest.raises(ValueError, match="nan"):
+        stopper.update(float("nan"), 8)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+
+    def fail() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fail()
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Callable, tuple[str]]:
+        return print, ("a pickle ran code",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_without_running(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "best.ckpt"
+    torch.save({"format": 1, "kind": "compressor", "model": _Bomb()}, path)
+    with pytest.raises(UserError, match=r"best.ckpt is not a checkpoint of this program"):
+        load_checkpoint(path, "compressor", ("model",))
+    assert "ran code" not in capsys.readouterr().out
+
+
+def test_wrong_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "best.ckpt"
+    with pytest.raises(UserError, match=r"best.ckpt does not exist"):
+        load_checkpoint(path, "compressor", ("model",))
+    save_checkpoint(path, "npe", {"model": {"w": torch.ones(2)}})
+    assert torch.equal(load_checkpoint(path, "npe", ("model",))["model"]["w"], torch.ones(2))
+    with pytest.raises(UserError, match=r"not a compressor checkpoint"):
+        load_checkpoint(path, "compressor", ("model",))
+    with pytest.raises(UserError, match=r"lacks config"):
+        load_checkpoint(path, "npe", ("model", "config"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"is not a checkpoint"):
+        load_checkpoint(path, "npe", ("model",))
+
+
+@pytest.mark.parametrize("config_class", [MockConfig, CompressorConfig, NPEConfig])
+def test_the_command_line_and_the_modal_signature_come_from_one_definition(config_class: type) -> None:
+    given = ["--ckpt", "x"] if config_class is NPEConfig else []
+    assert parse_args(config_class, given) == config_class(**({"ckpt": "x"} if given else {}))
+
+    @with_signature_of(config_class)
+    def modal_main(**options: object) -> None: ...
+
+    assert list(inspect.signature(modal_main).parameters) == list(config_class.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "named"),
+    [
+        ("run_mock.py", ["--n-sims", "0"], "--n-sims"),
+        ("run_mock.py", ["--geometry", "flatish"], "--geometry"),
+        ("run_mock.py", ["--lmax", "5000"], "lmax"),
+        ("run_compressor.py", ["--lmax", "many"], "--lmax"),
+        ("run_compressor.py", ["--batch-size", "-3"], "--batch-size"),
+        ("run_compressor.py", ["--tag", "../elsewhere"], "--tag"),
+        ("run_compressor.py", ["--device", "cuda"], "--device cuda"),
+        ("run_npe.py", [], "--ckpt"),
+        ("run_npe.py", ["--ckpt", "nowhere/best.ckpt"], "nowhere/best.ckpt does not exist"),
+    ],
+)
+def test_a_senseless_option_is_refused_with_code_2(
+    run_command: Callable, tmp_path: Path, script: str, options: list[str], named: str
+) -> None:
+    if named == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    code, _, err = run_command(script, "--results-dir", tmp_path, *options)
+    assert code == 2
+    assert named in err.splitlines()[-1]
+    assert list(tmp_path.rglob("*.*")) == []
+
+
+def test_help_and_refusals_need_neither_torch_nor_modal_nor_ducc0(tmp_path: Path) -> None:
+    for name in ("torch", "torchvision", "modal", "ducc0"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no module {name}', name='{name}')\n")
+    for script in ("run_mock.py", "run_compressor.py", "run_npe.py"):
+        needed = ["--ckpt", "x"] if script == "run_npe.py" else []
+        for options, code in (["--help"], 0), ([*needed, "--seed", "-1"], 2):
+            done = subprocess.run(
+                [sys.executable, script, *options],
+                cwd=ROOT,
+                env={"PYTHONPATH": str(tmp_path)},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == code, done.stderr
+            assert "Traceback" not in done.stderr

@@ -1,0 +1,65 @@
+"""Imports go down the layers only, and the stages run without the sphere."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+LAYERS = ["common", "data", "compress", "npe"]  # each may import itself and what stands before it
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, at any depth."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_imports_go_downwards_only() -> None:
+    seen = 0
+    for height, layer in enumerate(LAYERS):
+        for path in (ROOT / layer).rglob("*.py"):
+            for name in imports_of(path):
+                top = name.split(".")[0]
+                assert not top.startswith("run_"), f"{path} imports the command {top}"
+                if top in LAYERS:
+                    seen += 1
+                    assert LAYERS.index(top) <= height, f"{path} imports upwards: {name}"
+    assert seen > 50
+
+
+def test_no_command_imports_another() -> None:
+    for path in ROOT.glob("run_*.py"):
+        assert not any(name.startswith("run_") for name in imports_of(path)), path
+
+
+def test_only_the_mock_suite_knows_the_sphere() -> None:
+    for layer in LAYERS:
+        for path in (ROOT / layer).rglob("*.py"):
+            if path.parent.name != "mock":
+                bad = {
+                    n
+                    for n in imports_of(path)
+                    if n.split(".")[0] in ("ducc0", "healpy", "pyccl") or n.startswith("data.mock")
+                }
+                assert not bad, f"{path} imports {bad}"
+
+
+def test_both_stages_import_where_ducc0_healpy_pyccl_and_modal_are_absent(tmp_path: Path) -> None:
+    for name in ("ducc0", "healpy", "pyccl", "modal"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no module {name}', name='{name}')\n")
+    code = "import compress.train, npe.train, run_compressor, run_npe, run_mock; print(run_npe.remote.modal)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "None"

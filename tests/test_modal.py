@@ -1,0 +1,107 @@
+"""The Modal wrappers, without an account: what they ask for, and that they run the same functions."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL_LMAX
+
+from common import remote
+from common.config import CompressorConfig, NPEConfig
+
+pytest.importorskip("modal")
+pytestmark = pytest.mark.modal
+
+FUNCTIONS = {
+    "run_compressor": "compressor_in_container",
+    "run_npe": "npe_in_container",
+    "run_mock": "mock_in_container",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith("MODAL_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MODAL_CONFIG_PATH", str(tmp_path / "no_such_config.toml"))
+
+
+@pytest.mark.parametrize("script", sorted(FUNCTIONS))
+def test_functions_ask_for_what_a_long_run_needs(script: str) -> None:
+    info = getattr(importlib.import_module(script), FUNCTIONS[script]).info()
+    gpus = [] if script == "run_mock" else ["H100", "A100-80GB"]
+    assert [name for name, _ in info.gpus or []] == gpus
+    assert info.timeout == 24 * 3600
+    assert info.max_retries == 10
+    assert info.single_use_containers
+    assert list(info.volumes) == ["/results"]
+
+
+def modal_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "modal", "run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(("script", "config"), [("run_compressor", CompressorConfig), ("run_npe", NPEConfig)])
+def test_modal_run_help_lists_every_option(script: str, config: type) -> None:
+    done = modal_run(f"{script}.py", "--help")
+    assert done.returncode == 0, done.stderr
+    for name in config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in done.stdout
+
+
+def test_modal_run_refuses_a_bad_value_and_then_asks_for_a_token() -> None:
+    bad = modal_run("run_compressor.py", "--lmax", "many")
+    assert bad.returncode == 2
+    assert "--lmax" in bad.stderr + bad.stdout
+    no_choice = modal_run("run_compressor.py", "--backbone", "resnet")
+    assert no_choice.returncode == 2
+    good = modal_run("run_compressor.py", "--lmax", "200")
+    assert "Token missing" in good.stderr + good.stdout  # imported and parsed; only the account is missing
+
+
+def test_both_stages_run_inside_their_functions(small_suite: Path) -> None:
+    import run_compressor
+    import run_npe
+
+    stage_1 = CompressorConfig(
+        results_dir=str(small_suite),
+        lmax=SMALL_LMAX,
+        noise_level="noiseless",
+        backbone="tiny",
+        max_epochs=2,
+        tag="modal",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # .local() says that it is not what one usually wants
+        result = run_compressor.compressor_in_container.local(asdict(stage_1))
+        ckpt = Path(result["folder"]) / "best.ckpt"
+        fom = run_npe.npe_in_container.local(asdict(NPEConfig(ckpt=str(ckpt), max_epochs=3)))
+        again = run_npe.npe_in_container.local(asdict(NPEConfig(ckpt=str(ckpt), max_epochs=3)))
+    written = json.loads((small_suite / "field_npe_runs" / "modal" / "fom_result.json").read_text())
+    assert written == fom
+    assert "holds a finished run" in again["user_error"]  # a value: raised, Modal would retry it ten times
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "results/field_compressor_runs/t/best.ckpt",
+        "/results/field_compressor_runs/t/best.ckpt",
+        "field_compressor_runs/t/best.ckpt",
+    ],
+)
+def test_paths_mean_the_volume_in_a_container(path: str) -> None:
+    config = remote._on_volume(NPEConfig(ckpt=path))
+    assert config.ckpt == "/results/field_compressor_runs/t/best.ckpt"
+    assert config.results_dir == "/results"

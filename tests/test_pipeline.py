@@ -1,0 +1,253 @@
+"""Both stages through their commands on a small suite: files, repeatability, refusals, and what they learn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import SMALL_LMAX
+
+from common.config import CompressorConfig
+from compress.model import FieldLevelCompressor, load_compressor
+from compress.train import predict
+from data.module import TileDataModule
+from data.norm_stats import read_norm_stats
+from data.split import read_manifest
+from npe.model import load_npe, predict_posterior
+
+CPU = torch.device("cpu")
+TAG = f"field_mse_lmax{SMALL_LMAX}_noiseless_tiny"
+STAGE_1 = ["--lmax", SMALL_LMAX, "--noise-level", "noiseless", "--backbone", "tiny", "--max-epochs", 12]
+STAGE_1 += ["--warmup-steps", 10, "--decay-epochs", 2, "--device", "cpu", "--batch-size", 64]
+
+
+def copy_tiles(source: Path, target: Path) -> Path:
+    shutil.copytree(source / "tiles", target / "tiles")
+    return target
+
+
+@pytest.fixture(scope="module")
+def finished(small_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results folder in which both commands have run."""
+    import sys
+
+    import run_compressor
+    import run_npe
+
+    results, saved = copy_tiles(small_suite, tmp_path_factory.mktemp("finished")), sys.argv
+    try:
+        sys.argv = ["run_compressor.py", "--results-dir", str(results), *map(str, STAGE_1)]
+        run_compressor.main()
+        ckpt = results / "field_compressor_runs" / TAG / "best.ckpt"
+        sys.argv = ["run_npe.py", "--ckpt", str(ckpt), "--max-epochs", "60", "--device", "cpu"]
+        run_npe.main()
+    finally:
+        sys.argv = saved
+    return results
+
+
+def compressor_run(results: Path) -> Path:
+    return results / "field_compressor_runs" / TAG
+
+
+def npe_run(results: Path) -> Path:
+    return results / "field_npe_runs" / TAG
+
+
+def test_every_promised_file_and_key_is_there(finished: Path) -> None:
+    assert {p.name for p in compressor_run(finished).iterdir()} == {
+        "best.ckpt", "norm_stats.json", "split_manifest.json", "result.json", "metrics.jsonl",
+        "loss_curves.png", "predicted_vs_true.png",
+    }  # fmt: skip
+    assert {p.name for p in npe_run(finished).iterdir()} == {
+        "npe_best.ckpt", "fom_result.json", "metrics.jsonl", "loss_curves.png", "fom.png"
+    }  # fmt: skip
+    fom = json.loads((npe_run(finished) / "fom_result.json").read_text())
+    assert list(fom)[:9] == [
+        "lmax", "noise_level", "fom_fiducial_median", "fom_fiducial_std", "fom_fiducial_all", "fom_test_median",
+        "fom_test_lo_16", "fom_test_hi_84", "compressor_checkpoint",
+    ]  # fmt: skip
+    assert fom["compressor_checkpoint"] == f"{TAG}/best.ckpt"
+
+
+def test_the_results_can_be_had_again_from_the_files(finished: Path) -> None:
+    """Second route to every headline number: reload the checkpoints and go by the files alone."""
+    run = compressor_run(finished)
+    result = json.loads((run / "result.json").read_text())
+    fom = json.loads((npe_run(finished) / "fom_result.json").read_text())
+    compressor = load_compressor(run / "best.ckpt", CPU, "float32").model
+    stats, manifest = read_norm_stats(run), read_manifest(run)
+
+    rows = []
+    for path in sorted((finished / "tiles" / f"lmax_{SMALL_LMAX}_noiseless").glob("*.parquet")):
+        rows += pq.read_table(path).to_pylist()
+    tile = {(r["sim_id"], r["orientation_id"], r["tile_id"]): r for r in rows}
+
+    def by_hand(keys: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        picked = [tile[tuple(key)] for key in keys.tolist()]
+        kappa = np.array([r["kappa"] for r in picked], dtype=np.float32)
+        kappa = (kappa - np.array(stats.tile_mean)[:, None, None]) / np.array(stats.tile_std)[:, None, None]
+        theta = stats.normalise_theta(np.array([[r["Omega_m"], r["S8"]] for r in picked]))
+        with torch.no_grad():
+            summary = compressor(torch.from_numpy(kappa.astype(np.float32)))
+        return summary, torch.from_numpy(theta.astype(np.float32))
+
+    for name, split in (("train_mse", "compressor_train"), ("val_mse", "npe_train"), ("test_mse", "test")):
+        summary, theta = by_hand(manifest.splits[split])
+        assert (summary - theta).square().mean().item() == pytest.approx(result[name], rel=1e-4)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert min(m["val_mse"] for m in metrics) == pytest.approx(result["val_mse"], rel=1e-4)
+    assert metrics[result["best_epoch"]]["val_mse"] == min(m["val_mse"] for m in metrics)  # best, not last, is kept
+
+    summary, _ = by_hand(manifest.splits["fiducial"])
+    npe = load_npe(npe_run(finished) / "npe_best.ckpt", CPU)
+    posterior = predict_posterior(npe, summary, stats)
+    np.testing.assert_allclose(posterior.fom, fom["fom_fiducial_all"], rtol=1e-3)
+    assert fom["fom_fiducial_median"] == np.median(fom["fom_fiducial_all"])
+    assert fom["fom_fiducial_std"] == pytest.approx(np.std(fom["fom_fiducial_all"], ddof=1))
+    npe_metrics = [json.loads(line) for line in (npe_run(finished) / "metrics.jsonl").read_text().splitlines()]
+    test_summary, test_theta = by_hand(manifest.splits["test"])
+    with torch.no_grad():
+        assert npe.nll(test_summary, test_theta).mean().item() == pytest.approx(
+            min(m["test_nll"] for m in npe_metrics), rel=1e-3
+        )
+
+
+def test_it_learns_something_and_says_how_much(finished: Path) -> None:
+    result = json.loads((compressor_run(finished) / "result.json").read_text())
+    fom = json.loads((npe_run(finished) / "fom_result.json").read_text())
+    assert result["val_mse"] < 0.7  # 1 is to know nothing; noise-free tiles of few modes
+    theta_std = read_norm_stats(compressor_run(finished)).theta_std
+    prior_fom = 1 / np.prod(theta_std)
+    assert fom["fom_fiducial_median"] > 1.3 * prior_fom
+
+
+def test_the_fiducial_simulation_is_in_no_training_split(finished: Path) -> None:
+    splits = read_manifest(compressor_run(finished)).splits
+    assert len(splits["fiducial"]) == 12
+    assert set(splits["fiducial"][:, 0]) == {109}
+    for name in ("compressor_train", "npe_train", "test"):
+        assert 109 not in splits[name][:, 0]
+
+
+def test_same_seed_same_result_and_another_seed_another(
+    finished: Path, small_suite: Path, tmp_path: Path, run_command: Callable
+) -> None:
+    copy_tiles(small_suite, tmp_path)
+    weights, foms = {}, {}
+    for seed in (42, 43):
+        code, _, err = run_command(
+            "run_compressor.py", "--results-dir", tmp_path, *STAGE_1, "--seed", seed, "--restart"
+        )
+        assert code == 0, err
+        weights[seed] = torch.load(compressor_run(tmp_path) / "best.ckpt", weights_only=True)["model"]
+        ckpt = compressor_run(tmp_path) / "best.ckpt"
+        assert run_command("run_npe.py", "--ckpt", ckpt, "--max-epochs", 60, "--device", "cpu", "--restart")[0] == 0
+        foms[seed] = json.loads((npe_run(tmp_path) / "fom_result.json").read_text())["fom_fiducial_all"]
+    again = torch.load(compressor_run(finished) / "best.ckpt", weights_only=True)["model"]
+    assert all(torch.equal(again[name], weights[42][name]) for name in again)
+    assert not torch.equal(again["head.weight"], weights[43]["head.weight"])
+    finished_foms = json.loads((npe_run(finished) / "fom_result.json").read_text())["fom_fiducial_all"]
+    assert foms[42] == finished_foms != foms[43]
+
+
+def test_a_finished_tag_is_kept_without_restart(finished: Path, run_command: Callable) -> None:
+    before = (compressor_run(finished) / "best.ckpt").read_bytes()
+    code, _, err = run_command("run_compressor.py", "--results-dir", finished, *STAGE_1)
+    assert code == 2
+    assert "--restart" in err
+    code, _, err = run_command("run_npe.py", "--ckpt", compressor_run(finished) / "best.ckpt")
+    assert code == 2
+    assert "--restart" in err
+    assert (compressor_run(finished) / "best.ckpt").read_bytes() == before
+
+
+def test_stage_2_refuses_tiles_that_stage_1_did_not_see(finished: Path, tmp_path: Path, run_command: Callable) -> None:
+    results = tmp_path / "moved"  # a copied run folder works as well as the original
+    shutil.copytree(finished, results)
+    ckpt = compressor_run(results) / "best.ckpt"
+    (results / "tiles" / f"lmax_{SMALL_LMAX}_noiseless" / "shard_0001.parquet").unlink()
+    code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--tag", "x")
+    assert code == 2
+    assert "not those that stage 1 was trained on" in err
+    for option, value in (("--lmax", 64), ("--noise-level", "des_y3")):
+        code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--tag", "x", option, value)
+        assert code == 2
+        assert option in err
+    manifest = compressor_run(results) / "split_manifest.json"
+    manifest.unlink()
+    code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--tag", "x")
+    assert code == 2
+    assert "split_manifest.json is missing" in err
+    assert not (results / "field_npe_runs" / "x").exists()
+
+
+def test_no_fiducial_stage_1_warns_and_stage_2_refuses(
+    small_suite: Path, tmp_path: Path, run_command: Callable
+) -> None:
+    copy_tiles(small_suite, tmp_path)
+    options = ["--results-dir", tmp_path, *STAGE_1, "--max-epochs", 1]
+    code, _, err = run_command("run_compressor.py", *options, "--fiducial-sim-id", 777)
+    assert code == 0
+    assert "warning:" in err
+    assert "777" in err
+    code, _, err = run_command("run_npe.py", "--ckpt", compressor_run(tmp_path) / "best.ckpt")
+    assert code == 2
+    assert "no simulation 777" in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_suite: Path, tmp_path: Path, run_command: Callable) -> None:
+    copy_tiles(small_suite, tmp_path)
+    code, _, err = run_command(
+        "run_compressor.py", "--results-dir", tmp_path, *STAGE_1, "--learning-rate", 1e30, "--warmup-steps", 0
+    )
+    assert code == 2
+    assert "--learning-rate" in err.splitlines()[-1]
+    assert not (compressor_run(tmp_path) / "result.json").exists()
+
+
+# ---------------------------------------------------------------- network
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "efficientnet_b0", "efficientnet_b2", "efficientnet_v2_s"])
+def test_backbones_take_four_bins_and_every_parameter_gets_a_gradient(backbone: str) -> None:
+    torch.manual_seed(0)
+    model = FieldLevelCompressor(backbone)  # type: ignore[arg-type]
+    for module in model.modules():
+        if type(module).__name__ == "StochasticDepth":
+            module.p = 0.0  # it would drop whole branches, and their gradients, at random
+    summary = model(torch.randn(6, 4, 64, 64))
+    assert summary.shape == (6, 2)
+    summary.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_bf16_convolutions_with_a_float32_head_agree_with_float32() -> None:
+    torch.manual_seed(0)
+    exact, fast = FieldLevelCompressor("tiny"), FieldLevelCompressor("tiny", torch.bfloat16)
+    fast.load_state_dict(exact.state_dict())
+    kappa = torch.randn(64, 4, 64, 64)
+    a, b = exact(kappa), fast(kappa)
+    assert b.dtype is torch.float32
+    assert not torch.equal(a, b)  # bf16 was used
+    assert (a - b).square().mean() < 2e-3 * a.var()
+
+
+def test_prediction_does_not_depend_on_the_batch(small_suite: Path) -> None:
+    config = CompressorConfig(lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny")
+    data = TileDataModule(
+        small_suite / "tiles" / f"lmax_{SMALL_LMAX}_noiseless", SMALL_LMAX, "noiseless", 109,
+        split_seed=config.split_seed, split_by="tile", device=CPU,
+    )  # fmt: skip
+    data.setup()
+    torch.manual_seed(0)
+    model = FieldLevelCompressor("tiny")
+    torch.testing.assert_close(predict(model, data.test_ds, 64), predict(model, data.test_ds, 7), rtol=1e-5, atol=1e-6)
