@@ -20,13 +20,13 @@ def pick_device(name: Device) -> torch.device:
         UserError: the device asked for is not there.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
-    if not available[name]:
+    kind = next(kind for kind, here in available.items() if here) if name == "auto" else name
+    if not available[kind]:
         raise UserError(
-            f"--device {name}: PyTorch {torch.__version__} sees none here; use --device cpu or another wheel"
+            f"--device {name}: PyTorch {torch.__version__} sees none here; use --device cpu or another PyTorch wheel"
         )
-    return torch.device(name)
+    torch.backends.cudnn.deterministic = True  # same seed, same machine, same result
+    return torch.device(kind)
 
 
 def pick_precision(name: Precision, device: torch.device) -> torch.dtype:

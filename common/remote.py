@@ -59,7 +59,7 @@ def in_container(
         config_class, options: of the command.
     """
     if modal.is_local():  # `.local()`, in tests: no Volume is mounted
-        config, commit = config_class(**options), volume_commit_recorder
+        config, commit = config_class(**options), _no_volume
     else:
         volume.reload()
         config, commit = _on_volume(config_class(**options)), volume.commit
@@ -76,7 +76,7 @@ def out_of_container(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def volume_commit_recorder() -> None:
+def _no_volume() -> None:
     """Stands for volume.commit where no Volume is mounted."""
 
 

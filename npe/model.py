@@ -75,7 +75,7 @@ class Posterior:
 @torch.no_grad()
 def predict_posterior(npe: GaussianNPE, summary: torch.Tensor, norm_stats: NormStats) -> Posterior:
     """Posteriors of (Omega_m, S8) for summaries (n, 2)."""
-    mu, factor = (t.double().cpu().numpy() for t in npe(summary))  # (n, 2), (n, 2, 2)
+    mu, factor = (t.cpu().double().numpy() for t in npe(summary))  # (n, 2), (n, 2, 2)
     theta_std = np.array(norm_stats.theta_std)
     inverse = np.linalg.inv(factor)  # (n, 2, 2)
     cov = inverse.transpose(0, 2, 1) @ inverse * np.outer(theta_std, theta_std)  # (n, 2, 2)
@@ -89,8 +89,8 @@ def predict_fom(npe: GaussianNPE, summary: torch.Tensor, norm_stats: NormStats) 
     With theta = theta_mean + theta_std * normalised, sqrt(det Cov) grows by prod(theta_std).
     """
     _, factor = npe(summary)
-    fom_normalised = factor.diagonal(dim1=-2, dim2=-1).double().prod(dim=-1)  # (n,)
-    return fom_normalised.cpu().numpy() / np.prod(norm_stats.theta_std)
+    fom_normalised = factor.cpu().double().diagonal(dim1=-2, dim2=-1).prod(dim=-1)  # (n,)
+    return fom_normalised.numpy() / np.prod(norm_stats.theta_std)
 
 
 def save_npe(

@@ -1,0 +1,88 @@
+"""Disk, memory and time for each lmax: `python benchmarks/cost_per_lmax.py` (about 10 minutes on two cores).
+
+Prints the table of the README. Costs grow in proportion to simulations and tiles, so it measures a few and scales:
+the mock suite with all cores, a training step (forward and backward, resident random tiles, float32,
+channels_last) per tile. Header of the table: processor, cores, versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from common.config import MockConfig
+from common.device import versions
+from compress.model import FieldLevelCompressor
+from data.mock.suite import build_suite
+from data.schema import LMAX_TO_NSIDE, N_BINS, TILES_PER_SIM
+
+N_SUITE = 791
+BATCH = {128: 64, 256: 16, 512: 4}
+
+
+def processor() -> str:
+    """Model name of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+
+
+def mock_cost(lmax: int, n_sims: int) -> tuple[float, float, float]:
+    """Seconds per simulation (all cores, start-up of the workers taken off), bytes per tile, peak MB of a worker."""
+    with tempfile.TemporaryDirectory() as results:
+        seconds = []
+        for n in (2, 2 + n_sims):
+            config = MockConfig(results_dir=results, lmax=lmax, n_sims=n, restart=True)
+            seconds.append(build_suite(config)["elapsed_s"])
+        size = sum(path.stat().st_size for path in Path(results).rglob("*.parquet")) / ((2 + n_sims) * TILES_PER_SIM)
+    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return (seconds[1] - seconds[0]) / n_sims, size, peak_mb
+
+
+def step_cost(backbone: str, nside: int) -> float:
+    """Milliseconds per tile, forward and backward, best of five batches."""
+    torch.manual_seed(0)
+    model = FieldLevelCompressor(backbone)  # type: ignore[arg-type]
+    kappa = torch.randn(BATCH[nside], N_BINS, nside, nside).to(memory_format=torch.channels_last)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        model(kappa).square().mean().backward()
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times[1:]) / BATCH[nside]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n-sims", type=int, default=8, help="simulations per lmax that are timed (default: 8)")
+    n_sims = parser.parse_args().n_sims
+    print(f"{processor()}, {os.cpu_count()} cores, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
+    columns = ["lmax", "N", "disk", "tiles in memory", "mock suite", "peak per worker", "tiny, ms/tile", "b0, ms/tile"]
+    print("| " + " | ".join(columns) + " |")
+    print("|---|---|---|---|---|---|---|---|")
+    for lmax, nside in LMAX_TO_NSIDE.items():
+        per_sim, per_tile, peak_mb = mock_cost(lmax, n_sims)
+        n_tiles = N_SUITE * TILES_PER_SIM
+        array = n_tiles * N_BINS * nside**2 * 4
+        tiny, b0 = (step_cost(name, nside) for name in ("tiny", "efficientnet_b0"))
+        print(
+            f"| {lmax} | {nside} | {per_tile * n_tiles / 1e9:.2f} GB | {array / 1e9:.2f} GB "
+            f"| {per_sim * N_SUITE:.0f} s "
+            f"| {peak_mb:.0f} MB | {tiny:.1f} | {b0:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
