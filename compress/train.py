@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,7 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
     device = pick_device(config.device)
     torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
     model = FieldLevelCompressor(config.backbone, pick_precision(config.precision, device)).to(device)
-    tiles_dir = (
-        Path(config.tiles_dir)
-        if config.tiles_dir
-        else tiles_folder(config.results_dir, config.lmax, config.noise_level)
-    )
+    tiles_dir = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level)
     data = TileDataModule(
         tiles_dir,
         config.lmax,
@@ -126,6 +123,14 @@ def fit(
     )
     train_ds = data.compressor_train_ds.augmented(augment)
     steps_per_epoch = n_batches(len(train_ds), config.batch_size)
+    schedule = partial(
+        lr_at,
+        steps_per_epoch=steps_per_epoch,
+        peak=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_factor=config.decay_factor,
+        decay_epochs=config.decay_epochs,
+    )
     step, epoch = 0, 0
     with Progress("training the compressor", config.max_epochs * steps_per_epoch, "steps") as progress:
         for epoch in range(config.max_epochs):
@@ -133,15 +138,7 @@ def fit(
             model.train()
             losses = []
             for kappa, theta in batches(train_ds, config.batch_size, shuffle):
-                lr = lr_at(
-                    step,
-                    steps_per_epoch=steps_per_epoch,
-                    peak=config.learning_rate,
-                    warmup_steps=config.warmup_steps,
-                    decay_factor=config.decay_factor,
-                    decay_epochs=config.decay_epochs,
-                )
-                optimizer.param_groups[0]["lr"] = lr
+                optimizer.param_groups[0]["lr"] = lr = schedule(step)
                 noise = config.theta_noise * torch.randn(theta.shape, generator=theta_noise)
                 loss = functional.mse_loss(model(kappa), theta + noise.to(theta.device))
                 optimizer.zero_grad(set_to_none=True)

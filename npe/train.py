@@ -218,8 +218,9 @@ def _read_tiles(
             f"the data set of {config.ckpt} has no simulation {manifest.fiducial_sim_id}, so there is no fiducial FoM; "
             "add it to the tiles, or choose another with --fiducial-sim-id, and run stage 1 again"
         )
-    own = tiles_folder(results_dir, manifest.lmax, manifest.noise_level)
-    folder = Path(config.tiles_dir or trained.config.tiles_dir or own)
+    folder = tiles_folder(
+        config.tiles_dir or trained.config.tiles_dir, results_dir, manifest.lmax, manifest.noise_level
+    )
     data = TileDataModule(
         folder,
         manifest.lmax,

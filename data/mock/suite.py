@@ -76,11 +76,7 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
         UserError: the folder holds other shards, or cannot be written.
     """
     start = time.monotonic()
-    folder = (
-        Path(config.tiles_dir)
-        if config.tiles_dir
-        else tiles_folder(config.results_dir, config.lmax, config.noise_level)
-    )
+    folder = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level)
     sim_ids, cosmologies = design(config.n_sims, config.seed, config.fiducial_sim_id)
     params = params_of(cosmologies)  # (n_sims, 8)
     theory_cl(cosmologies[:1], band_of(config.lmax, config.field))  # refuses an lmax beyond the table
@@ -90,8 +86,8 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error.strerror}); choose another --results-dir") from None
     starts = range(0, config.n_sims, SIMS_PER_SHARD)
-    todo = [k for k in range(len(starts)) if not _is_finished(_shard_path(folder, k), description, config.restart)]
-    _refuse_foreign_shards(folder, len(starts), config.restart)
+    finished = _finished_shards(folder, description, config.restart)
+    todo = [k for k in range(len(starts)) if _shard_path(folder, k) not in finished]
 
     jobs = [
         Simulation(
@@ -135,48 +131,39 @@ def _description(config: MockConfig) -> str:
     return json.dumps({**content, "orientations_zyz_deg": ORIENTATIONS[config.geometry]}, sort_keys=True)
 
 
-def _is_finished(path: Path, description: str, restart: bool) -> bool:
-    """True if this shard is there already and is the one that would be made.
+def _finished_shards(folder: Path, description: str, restart: bool) -> set[Path]:
+    """Shards of this very suite that are there already; with --restart a suite that is there is deleted instead.
 
     Raises:
-        UserError: it is another one, and --restart was not given.
+        UserError: the folder has shards that no mock suite wrote, or those of a suite with other options.
     """
-    if not path.exists():
-        return False
+    found = {path: _description_of(path) for path in sorted(folder.glob("shard_*.parquet"))}
+    if restart:
+        for path in found:
+            path.unlink()
+        return set()
+    for path, other in found.items():
+        if other != description:
+            raise UserError(
+                f"{path} belongs to a suite with other options ({_difference(other, description)}); "
+                "add --restart to replace it, or give another folder as --tiles-dir"
+            )
+    return set(found)
+
+
+def _description_of(path: Path) -> str:
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError):
         metadata = {}
-    found = metadata.get(METADATA_KEY.encode())
-    if found is None:
+    if METADATA_KEY.encode() not in metadata:
         raise UserError(f"{path} was not made by this command; give another folder as --tiles-dir")
-    if restart:
-        return False
-    if found.decode() != description:
-        raise UserError(
-            f"{path} belongs to a suite with other options ({_difference(found.decode(), description)}); "
-            "add --restart to replace it, or give another folder as --tiles-dir"
-        )
-    return True
+    return metadata[METADATA_KEY.encode()].decode()
 
 
 def _difference(found: str, wanted: str) -> str:
     old, new = json.loads(found), json.loads(wanted)
     return ", ".join(f"{name} {old.get(name)} there, {new[name]} here" for name in new if old.get(name) != new[name])
-
-
-def _refuse_foreign_shards(folder: Path, n_shards: int, restart: bool) -> None:
-    """Shards beyond this suite's last would be read with it; with --restart those of an older suite are deleted."""
-    wanted = {_shard_path(folder, k).name for k in range(n_shards)}
-    for path in sorted(folder.glob("shard_*.parquet")):
-        if path.name in wanted:
-            continue
-        _is_finished(path, "", restart=True)  # raises unless a mock suite made it
-        if not restart:
-            raise UserError(
-                f"{path} is left over from a larger suite; add --restart to delete it, or give another --tiles-dir"
-            )
-        path.unlink()
 
 
 @contextmanager
