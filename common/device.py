@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import platform
+import sys
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -26,7 +28,23 @@ def pick_device(name: Device) -> torch.device:
             f"--device {name}: PyTorch {torch.__version__} sees none here; use --device cpu or another PyTorch wheel"
         )
     torch.backends.cudnn.deterministic = True  # same seed, same machine, same result
+    if kind == "cpu":
+        _keep_freed_memory()
     return torch.device(kind)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the memory that tensors give back, instead of returning it to the system at once.
+
+    Activations of a batch are tens of MB each; by default every one is a fresh mapping whose pages the
+    kernel has to clear again. Kept, a step of the tiny backbone takes two thirds of the time. Results
+    do not change. Elsewhere than on Linux with glibc this does nothing.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # names of malloc.h
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
 
 
 def pick_precision(name: Precision, device: torch.device) -> torch.dtype:

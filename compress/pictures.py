@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.ticker import StrMethodFormatter
 
 from common.figures import BLUE, GREY, ORANGE, figure
 from common.progress import read_metrics
@@ -28,6 +29,8 @@ def draw_loss_curves(metrics_file: Path, path: Path) -> None:
             epoch[best], val_mse[best], "o", color=ORANGE, label=f"best: {val_mse[best]:.4f} in epoch {epoch[best]:.0f}"
         )
         axes.set(xlabel="epoch", ylabel="mean squared error of normalised theta", title="Compressor")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(StrMethodFormatter("{x:g}"))  # 0.2, not 2 x 10^-1
         axes.legend()
 
 
