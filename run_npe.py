@@ -25,6 +25,7 @@ def main() -> None:
 def report(result: dict[str, Any]) -> None:
     """What the user waited for."""
     fiducial, folder = result["fiducial"], result["folder"]
+    moved = result["augmentation_shift_in_sigma"]["all"]["rms"]
     print(
         f"FoM(Omega_m, S8), lmax {result['lmax']}, {result['noise_level']}, median of "
         f"{len(result['fom_fiducial_all'])} tiles of the fiducial simulation {fiducial['sim_id']}\n"
@@ -32,6 +33,7 @@ def report(result: dict[str, Any]) -> None:
         f"median within {fiducial['fom_median_lo_16']:.0f} ... {fiducial['fom_median_hi_84']:.0f} (68 %)\n"
         f"test      {result['fom_test_median']:.0f}  median within {result['fom_test_lo_16']:.0f} ... "
         f"{result['fom_test_hi_84']:.0f} (68 %), cosmologies of the test split\n"
+        f"augmentation moves a summary by {moved[0]:.2f} and {moved[1]:.2f} sigma (rms) in Omega_m and S8\n"
         f"pictures  {folder}/fom.png\n"
         f"          {folder}/loss_curves.png\n"
         f"all       {folder}/fom_result.json"

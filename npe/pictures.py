@@ -50,7 +50,7 @@ def draw_fom(posterior: Posterior, theta_true: np.ndarray, result: dict[str, Any
         right.plot(np.arange(n), posterior.fom, "o", color=ORANGE, ms=6, label="one tile")
         right.set_ylim(0, 1.3 * max(posterior.fom.max(), median + scatter))
         right.set_xticks(np.arange(n))
-        right.set(xlabel="fiducial tile", ylabel=r"FoM = $1/\sqrt{\det\,{\rm Cov}(\Omega_{\rm m}, S_8)}$")
+        right.set(xlabel="fiducial tile", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
         right.set_title(f"FoM {median:.0f} ± {scatter:.0f}")
         right.legend(loc="lower right")
 

@@ -187,7 +187,9 @@ def _results_dir_of(compressor_run: Path) -> Path:
     Raises:
         UserError: the checkpoint lies elsewhere.
     """
-    parent = compressor_run.resolve().parent
+    parent = compressor_run.parent
+    if parent.name != COMPRESSOR_RUNS:
+        parent = compressor_run.resolve().parent  # --ckpt best.ckpt, given from inside the folder
     if parent.name != COMPRESSOR_RUNS:
         raise UserError(f"--ckpt does not lie in a {COMPRESSOR_RUNS} folder; say with --results-dir where to write")
     return parent.parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,7 +139,7 @@ def test_help_and_refusals_need_neither_torch_nor_modal_nor_ducc0(tmp_path: Path
             done = subprocess.run(
                 [sys.executable, script, *options],
                 cwd=ROOT,
-                env={"PYTHONPATH": str(tmp_path)},
+                env={**os.environ, "PYTHONPATH": str(tmp_path)},
                 capture_output=True,
                 text=True,
             )

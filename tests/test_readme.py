@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -41,7 +42,7 @@ def test_the_quick_start_runs_from_tiles_to_fom(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, *command[1:], *SMALLER[command[1]]],
             cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
         )
