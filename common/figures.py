@@ -1,4 +1,4 @@
-"""One look for all pictures, and a way to save them whole."""
+"""One look for all pictures, a way to save them whole, and the loss curves of both stages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from common.artifacts import atomic_path
+from common.progress import read_metrics
 
 BLUE, ORANGE, GREY = "#2a6f97", "#d1603d", "#8a8f98"
 STYLE: Any = {
@@ -34,3 +37,31 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         yield drawn
         with atomic_path(path) as temporary:
             drawn.savefig(temporary, format="png")
+
+
+def draw_loss_curves(
+    metrics_file: Path, path: Path, title: str, loss_name: str, train: tuple[str, str], validation: tuple[str, str]
+) -> None:
+    """Training and validation loss per epoch from metrics.jsonl, with the best epoch marked.
+
+    Args:
+        metrics_file, path: what is read, what is written.
+        title, loss_name: of the picture and its vertical axis.
+        train, validation: (name in metrics.jsonl, label in the legend). Losses that are all positive get a log axis.
+    """
+    metrics = read_metrics(metrics_file)
+    epoch, train_loss, loss = metrics["epoch"], metrics[train[0]], metrics[validation[0]]
+    best = int(np.argmin(loss))
+    with figure(path, 6.0, 3.8) as drawn:
+        axes = drawn.subplots()
+        axes.plot(epoch, train_loss, color=GREY, label=train[1])
+        axes.plot(epoch, loss, color=BLUE, label=validation[1])
+        axes.plot(
+            epoch[best], loss[best], "o", color=ORANGE, label=f"best: {loss[best]:.4f} in epoch {epoch[best]:.0f}"
+        )
+        axes.set(xlabel="epoch", ylabel=loss_name, title=title)
+        if min(train_loss.min(), loss.min()) > 0:
+            axes.set_yscale("log")
+            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                set_formatter(StrMethodFormatter("{x:g}"))  # 0.2, not 2 x 10^-1
+        axes.legend()

@@ -1,4 +1,4 @@
-"""Pictures of stage 1: loss curves, predicted against true parameters."""
+"""Picture of stage 1: predicted against true parameters."""
 
 from __future__ import annotations
 
@@ -6,32 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.ticker import StrMethodFormatter
 
-from common.figures import BLUE, GREY, ORANGE, figure
-from common.progress import read_metrics
+from common.figures import BLUE, ORANGE, figure
 from data.module import TileDataset
 from data.norm_stats import NormStats
 
 LABELS = (r"$\Omega_{\rm m}$", r"$S_8$")
-
-
-def draw_loss_curves(metrics_file: Path, path: Path) -> None:
-    """Training and validation loss per epoch, with the best epoch marked."""
-    metrics = read_metrics(metrics_file)
-    epoch, val_mse = metrics["epoch"], metrics["val_mse"]
-    best = int(np.argmin(val_mse))
-    with figure(path, 6.0, 3.8) as drawn:
-        axes = drawn.subplots()
-        axes.semilogy(epoch, metrics["train_loss"], color=GREY, label="training (augmented, with theta noise)")
-        axes.semilogy(epoch, val_mse, color=BLUE, label="validation")
-        axes.plot(
-            epoch[best], val_mse[best], "o", color=ORANGE, label=f"best: {val_mse[best]:.4f} in epoch {epoch[best]:.0f}"
-        )
-        axes.set(xlabel="epoch", ylabel="mean squared error of normalised theta", title="Compressor")
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis(StrMethodFormatter("{x:g}"))  # 0.2, not 2 x 10^-1
-        axes.legend()
 
 
 def draw_predictions(splits: dict[str, tuple[TileDataset, torch.Tensor]], norm_stats: NormStats, path: Path) -> None:

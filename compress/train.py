@@ -18,10 +18,11 @@ from common.config import CompressorConfig
 from common.device import describe_device, pick_device, pick_precision, seeded_generator, versions
 from common.early_stopping import EarlyStopping
 from common.errors import UserError, warn
+from common.figures import draw_loss_curves
 from common.progress import Progress, append_metrics
 from common.schedule import lr_at
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, load_compressor, save_compressor
-from compress.pictures import draw_loss_curves, draw_predictions
+from compress.pictures import draw_predictions
 from data.module import TileDataModule, TileDataset, batches, n_batches
 from data.norm_stats import write_norm_stats
 from data.split import write_manifest
@@ -94,7 +95,14 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         "versions": versions(),
         "config": asdict(config),
     }
-    draw_loss_curves(folder / METRICS_NAME, folder / "loss_curves.png")
+    draw_loss_curves(
+        folder / METRICS_NAME,
+        folder / "loss_curves.png",
+        "Compressor",
+        "mean squared error of normalised theta",
+        train=("train_loss", "training (augmented, with theta noise)"),
+        validation=("val_mse", "validation"),
+    )
     draw_predictions(
         {
             "training": (data.compressor_train_ds, predicted["train"]),

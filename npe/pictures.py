@@ -1,4 +1,4 @@
-"""Pictures of stage 2: the fiducial posteriors and their Figures of Merit, the loss curves."""
+"""Picture of stage 2: the fiducial posteriors and their Figures of Merit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.patches import Ellipse
 
-from common.figures import BLUE, GREY, ORANGE, figure
-from common.progress import read_metrics
+from common.figures import BLUE, ORANGE, figure
 from npe.model import Posterior
 
 # Radius in sigma that holds 68.3 % of a two-dimensional Gaussian: sqrt(-2 ln(1 - 0.683)).
@@ -53,24 +52,3 @@ def draw_fom(posterior: Posterior, theta_true: np.ndarray, result: dict[str, Any
         right.set(xlabel="fiducial tile", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
         right.set_title(f"FoM {median:.0f} ± {scatter:.0f}")
         right.legend(loc="lower right")
-
-
-def draw_loss_curves(metrics_file: Path, path: Path) -> None:
-    """NLL per epoch on the NPE and the test split, with the best epoch marked."""
-    metrics = read_metrics(metrics_file)
-    epoch, test_nll = metrics["epoch"], metrics["test_nll"]
-    best = int(np.argmin(test_nll))
-    with figure(path, 6.0, 3.8) as drawn:
-        axes = drawn.subplots()
-        axes.plot(epoch, metrics["train_nll"], color=GREY, label="training (augmented)")
-        axes.plot(epoch, test_nll, color=BLUE, label="test split (early stopping)")
-        axes.plot(
-            epoch[best],
-            test_nll[best],
-            "o",
-            color=ORANGE,
-            label=f"best: {test_nll[best]:.3f} in epoch {epoch[best]:.0f}",
-        )
-        axes.set(xlabel="epoch", ylabel="negative log-likelihood of normalised theta", title="Gaussian NPE")
-        axes.set_ylim(test_nll.min() - 0.2, np.percentile(np.concatenate([test_nll, metrics["train_nll"]]), 98) + 0.2)
-        axes.legend()

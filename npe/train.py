@@ -24,6 +24,7 @@ from common.config import NPEConfig
 from common.device import describe_device, pick_device, seeded_generator, versions
 from common.early_stopping import EarlyStopping
 from common.errors import UserError
+from common.figures import draw_loss_curves
 from common.progress import Progress, append_metrics
 from compress.model import TrainedCompressor, load_compressor
 from data.module import TileDataModule
@@ -33,7 +34,7 @@ from data.split import MANIFEST_NAME, read_manifest
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all, compressed_batches
 from npe.fom import augmentation_shift, bootstrap_median, bootstrap_median_over_tiles
 from npe.model import CHECKPOINT_NAME, GaussianNPE, Posterior, load_npe, predict_posterior, save_npe
-from npe.pictures import draw_fom, draw_loss_curves
+from npe.pictures import draw_fom
 
 RESULT_NAME, METRICS_NAME = "fom_result.json", "metrics.jsonl"
 
@@ -122,7 +123,14 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
         "config": asdict(config),
     }
     draw_fom(fiducial, np.array(result["fiducial"]["theta_true"]), result, folder / "fom.png")
-    draw_loss_curves(folder / METRICS_NAME, folder / "loss_curves.png")
+    draw_loss_curves(
+        folder / METRICS_NAME,
+        folder / "loss_curves.png",
+        "Gaussian NPE",
+        "negative log-likelihood of normalised theta",
+        train=("train_nll", "training (augmented)"),
+        validation=("test_nll", "test split (early stopping)"),
+    )
     write_json(folder / RESULT_NAME, result)
     on_checkpoint()
     return result

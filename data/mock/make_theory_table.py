@@ -62,6 +62,7 @@ def draw_box(n: int, seed: int) -> np.ndarray:
 
 
 def main() -> None:
+    """Draw cosmologies, ask pyccl, fit, write."""
     cosmo = draw_box(N_COSMOLOGIES, SEED)
     with ProcessPoolExecutor() as pool:
         spectra = list(tqdm(pool.map(ccl_spectra, cosmo, chunksize=8), total=len(cosmo), desc="pyccl spectra"))

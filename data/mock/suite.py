@@ -87,19 +87,19 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
         raise UserError(f"cannot write {folder} ({error.strerror}); choose another --results-dir") from None
     starts = range(0, config.n_sims, SIMS_PER_SHARD)
     finished = _finished_shards(folder, description, config.restart)
-    todo = [k for k in range(len(starts)) if _shard_path(folder, k) not in finished]
+    missing = [k for k in range(len(starts)) if _shard_path(folder, k) not in finished]
 
     jobs = [
         Simulation(
             int(sim_ids[i]), cosmologies[i], config.field, config.noise_level, config.lmax, config.geometry, config.seed
         )
-        for k in todo
+        for k in missing
         for i in range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
     ]
     n_workers = config.workers or _usable_cores()
     with _worker_pool(n_workers) as pool, Progress("simulating", len(jobs), "simulations") as progress:
         simulated = _in_order(pool, simulate, jobs, ahead=2 * n_workers)
-        for k in todo:
+        for k in missing:
             shard_sims = range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
             with open_shard(_shard_path(folder, k), nside_of(config.lmax), {METADATA_KEY: description}) as shard:
                 for i in shard_sims:
