@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from common.artifacts import atomic_path
 from common.progress import read_metrics
@@ -40,14 +40,22 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def draw_loss_curves(
-    metrics_file: Path, path: Path, title: str, loss_name: str, train: tuple[str, str], validation: tuple[str, str]
+    metrics_file: Path,
+    path: Path,
+    title: str,
+    loss_name: str,
+    *,
+    train: tuple[str, str],
+    validation: tuple[str, str],
+    log: bool,
 ) -> None:
     """Training and validation loss per epoch from metrics.jsonl, with the best epoch marked.
 
     Args:
         metrics_file, path: what is read, what is written.
         title, loss_name: of the picture and its vertical axis.
-        train, validation: (name in metrics.jsonl, label in the legend). Losses that are all positive get a log axis.
+        train, validation: (name in metrics.jsonl, label in the legend).
+        log: whether the vertical axis is logarithmic; it then has ticks at 1, 2, 5 times a power of ten.
     """
     metrics = read_metrics(metrics_file)
     epoch, train_loss, loss = metrics["epoch"], metrics[train[0]], metrics[validation[0]]
@@ -60,8 +68,9 @@ def draw_loss_curves(
             epoch[best], loss[best], "o", color=ORANGE, label=f"best: {loss[best]:.4f} in epoch {epoch[best]:.0f}"
         )
         axes.set(xlabel="epoch", ylabel=loss_name, title=title)
-        if min(train_loss.min(), loss.min()) > 0:
+        if log:
             axes.set_yscale("log")
-            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                set_formatter(StrMethodFormatter("{x:g}"))  # 0.2, not 2 x 10^-1
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend()

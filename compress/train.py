@@ -102,6 +102,7 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         "mean squared error of normalised theta",
         train=("train_loss", "training (augmented, with theta noise)"),
         validation=("val_mse", "validation"),
+        log=True,
     )
     draw_predictions(
         {

@@ -130,6 +130,7 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
         "negative log-likelihood of normalised theta",
         train=("train_nll", "training (augmented)"),
         validation=("test_nll", "test split (early stopping)"),
+        log=False,
     )
     write_json(folder / RESULT_NAME, result)
     on_checkpoint()
