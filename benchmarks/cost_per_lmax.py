@@ -1,4 +1,4 @@
-"""Disk, memory and time for each lmax: `python benchmarks/cost_per_lmax.py` (about 10 minutes on two cores).
+"""Disk, memory and time for each lmax: `python benchmarks/cost_per_lmax.py` (some minutes on two cores).
 
 Prints the table of the README. Costs grow in proportion to simulations and tiles, so it measures a few and scales:
 the mock suite with all cores, a training step (forward and backward, resident random tiles, float32,
@@ -7,23 +7,22 @@ channels_last) per tile. Header of the table: processor, cores, versions.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import resource
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 
-from common.config import MockConfig
-from common.device import versions
+from common.device import pick_device, versions
 from compress.model import FieldLevelCompressor
-from data.mock.suite import build_suite
 from data.schema import LMAX_TO_NSIDE, N_BINS, TILES_PER_SIM
 
 N_SUITE = 791
@@ -37,16 +36,19 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
-def mock_cost(lmax: int, n_sims: int) -> tuple[float, float, float]:
-    """Seconds per simulation (all cores, start-up of the workers taken off), bytes per tile, peak MB of a worker."""
+def mock_cost(lmax: int) -> tuple[float, float, float]:
+    """Seconds per simulation (all cores, start-up taken off), bytes per tile, peak MB of a process."""
+    n_more = max(4, 100 * 200**2 // lmax**2)
+    seconds = []
     with tempfile.TemporaryDirectory() as results:
-        seconds = []
-        for n in (2, 2 + n_sims):
-            config = MockConfig(results_dir=results, lmax=lmax, n_sims=n, restart=True)
-            seconds.append(build_suite(config)["elapsed_s"])
-        size = sum(path.stat().st_size for path in Path(results).rglob("*.parquet")) / ((2 + n_sims) * TILES_PER_SIM)
-    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return (seconds[1] - seconds[0]) / n_sims, size, peak_mb
+        for n in (2, 2 + n_more):
+            options = ["--results-dir", results, "--lmax", str(lmax), "--n-sims", str(n), "--restart"]
+            start = time.perf_counter()
+            subprocess.run([sys.executable, ROOT / "run_mock.py", *options], check=True, capture_output=True)
+            seconds.append(time.perf_counter() - start)
+        size = sum(path.stat().st_size for path in Path(results).rglob("*.parquet")) / ((2 + n_more) * TILES_PER_SIM)
+    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the largest so far: grows with lmax
+    return (seconds[1] - seconds[0]) / n_more, size, peak_mb
 
 
 def step_cost(backbone: str, nside: int) -> float:
@@ -64,15 +66,22 @@ def step_cost(backbone: str, nside: int) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n-sims", type=int, default=8, help="simulations per lmax that are timed (default: 8)")
-    n_sims = parser.parse_args().n_sims
+    pick_device("cpu")  # sets the allocator as the commands do
     print(f"{processor()}, {os.cpu_count()} cores, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
-    columns = ["lmax", "N", "disk", "tiles in memory", "mock suite", "peak per worker", "tiny, ms/tile", "b0, ms/tile"]
+    columns = [
+        "lmax",
+        "N",
+        "disk",
+        "tiles in memory",
+        "mock suite",
+        "mock, peak",
+        "tiny, ms/tile",
+        "b0, ms/tile",
+    ]
     print("| " + " | ".join(columns) + " |")
     print("|---|---|---|---|---|---|---|---|")
     for lmax, nside in LMAX_TO_NSIDE.items():
-        per_sim, per_tile, peak_mb = mock_cost(lmax, n_sims)
+        per_sim, per_tile, peak_mb = mock_cost(lmax)
         n_tiles = N_SUITE * TILES_PER_SIM
         array = n_tiles * N_BINS * nside**2 * 4
         tiny, b0 = (step_cost(name, nside) for name in ("tiny", "efficientnet_b0"))

@@ -157,7 +157,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, page_checksum_verification=True)
+    return pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)  # no reading ahead: memory
 
 
 def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, np.ndarray]:

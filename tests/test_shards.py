@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from conftest import ROOT, SHARED_DATA, make_tiles, write_tiles
 
 from common.errors import UserError
 from data.schema import KEY_NAMES, PARAM_NAMES, nside_of
-from data.shards import read_tiles
+from data.shards import open_shard, read_tiles
 from data.split import make_manifest
 
 LMAX, NSIDE = 16, 8
@@ -99,19 +100,20 @@ def test_peak_memory_stays_within_1_3_of_the_array(tmp_path: Path, layout: str) 
     n = len(tiles.keys)
     array_mb = n * 4 * nside**2 * 4 / 2**20  # 600 MB: the interpreter's own memory is measured and taken off
     kappa = np.random.default_rng(0).standard_normal((120, 4, nside, nside)).astype(np.float32)
-    for number in range(n // 120):
-        part, path = slice(120 * number, 120 * (number + 1)), tmp_path / f"shard_{number:04d}.parquet"
-        if layout == "published":
-            table = published_table(kappa, tiles.keys[part], tiles.params[part], "des_y3")
-            pq.write_table(table, path, compression="snappy", row_group_size=190)
-        else:
-            write_tiles(
-                tmp_path / "one", replace(tiles, kappa=kappa, keys=tiles.keys[part], params=tiles.params[part]), 120
-            )
-            (tmp_path / "one" / "shard_0000.parquet").rename(path)
+    path = tmp_path / "shard_0000.parquet"  # one file: what is read ahead of it would double the memory
+    with contextlib.ExitStack() as open_files:
+        writer = None if layout == "published" else open_files.enter_context(open_shard(path, nside, {}))
+        for start in range(0, n, 120):
+            keys, params = tiles.keys[start : start + 120], tiles.params[start : start + 120]
+            if layout == "compact":
+                writer.write(kappa, keys, params, "des_y3")
+                continue
+            table = published_table(kappa, keys, params, "des_y3")
+            writer = writer or open_files.enter_context(pq.ParquetWriter(path, table.schema, compression="snappy"))
+            writer.write_table(table)
     code = (
         "import resource, sys; from pathlib import Path; import numpy as np\n"
-        "from data.shards import read_tiles\n"
+        "from data.shards import open_shard, read_tiles\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"before = peak(); tiles = read_tiles(Path({str(tmp_path)!r}), {lmax}, 'des_y3'); print(peak() - before)"
     )

@@ -16,7 +16,7 @@ from data.schema import N_BINS, nside_of
 def draw_suite(shard: Path, lmax: int, cosmologies: np.ndarray, path: Path) -> None:
     """The first tile of a shard, bin by bin, beside the suite's cosmologies (n_sims, 7) in (Omega_m, S8)."""
     nside = nside_of(lmax)
-    column = next(pq.ParquetFile(shard).iter_batches(1, columns=["kappa"])).column(0)
+    column = next(pq.ParquetFile(shard, pre_buffer=False).iter_batches(1, columns=["kappa"])).column(0)
     kappa = column.flatten().flatten().flatten().to_numpy().reshape(N_BINS, nside, nside)
     limit = 3 * float(kappa.std())
     with figure(path, 13.0, 3.0) as drawn:
