@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -36,8 +35,8 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
-def mock_cost(lmax: int) -> tuple[float, float, float]:
-    """Seconds per simulation (all cores, start-up taken off), bytes per tile, peak MB of a process."""
+def mock_cost(lmax: int) -> tuple[float, float]:
+    """Seconds per simulation (all cores, start-up taken off), bytes per tile."""
     n_more = max(4, 100 * 200**2 // lmax**2)
     seconds = []
     with tempfile.TemporaryDirectory() as results:
@@ -47,8 +46,7 @@ def mock_cost(lmax: int) -> tuple[float, float, float]:
             subprocess.run([sys.executable, ROOT / "run_mock.py", *options], check=True, capture_output=True)
             seconds.append(time.perf_counter() - start)
         size = sum(path.stat().st_size for path in Path(results).rglob("*.parquet")) / ((2 + n_more) * TILES_PER_SIM)
-    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the largest so far: grows with lmax
-    return (seconds[1] - seconds[0]) / n_more, size, peak_mb
+    return (seconds[1] - seconds[0]) / n_more, size
 
 
 def step_cost(backbone: str, nside: int) -> float:
@@ -68,27 +66,18 @@ def main() -> None:
     """Measure and print."""
     pick_device("cpu")  # sets the allocator as the commands do
     print(f"{processor()}, {os.cpu_count()} cores, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
-    columns = [
-        "lmax",
-        "N",
-        "disk",
-        "tiles in memory",
-        "mock suite",
-        "mock, peak",
-        "tiny, ms/tile",
-        "b0, ms/tile",
-    ]
+    columns = ["lmax", "N", "disk", "tiles in memory", "mock suite", "tiny, ms/tile", "b0, ms/tile"]
     print("| " + " | ".join(columns) + " |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     for lmax, nside in LMAX_TO_NSIDE.items():
-        per_sim, per_tile, peak_mb = mock_cost(lmax)
+        per_sim, per_tile = mock_cost(lmax)
         n_tiles = N_SUITE * TILES_PER_SIM
         array = n_tiles * N_BINS * nside**2 * 4
         tiny, b0 = (step_cost(name, nside) for name in ("tiny", "efficientnet_b0"))
         print(
             f"| {lmax} | {nside} | {per_tile * n_tiles / 1e9:.2f} GB | {array / 1e9:.2f} GB "
             f"| {per_sim * N_SUITE:.0f} s "
-            f"| {peak_mb:.0f} MB | {tiny:.1f} | {b0:.1f} |",
+            f"| {tiny:.1f} | {b0:.1f} |",
             flush=True,
         )
 

@@ -21,7 +21,8 @@ from common.progress import Progress
 from data.schema import KEY_NAMES, N_BINS, PARAM_NAMES, THETA_COLUMNS, nside_of, s8_of
 
 S8_TOLERANCE = 1e-4  # relative; S8 is derived from two columns of the same table
-VALUES_PER_READ = 1 << 22  # 16 MB of float32 at a time: small beside any data set worth training on
+VALUES_PER_READ = 1 << 20  # pixels at a time: what pyarrow needs beside the array grows with it
+BUFFER_SIZE = 1 << 20  # bytes read from the file at a time, in place of whole column chunks
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)  # no reading ahead: memory
+    return pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False, buffer_size=BUFFER_SIZE)
 
 
 def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, np.ndarray]:

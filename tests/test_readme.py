@@ -62,9 +62,14 @@ def test_the_quick_start_runs_from_tiles_to_fom(tmp_path: Path) -> None:
         assert name in README, f"the README does not name {path.name}"
 
 
-@pytest.mark.parametrize("prefix", ["python run_", "modal run run_", "srun python run_"])
-def test_every_option_in_the_readme_exists(prefix: str) -> None:
-    found = commands(prefix)
+SLURM = f"```sh\n{(ROOT / 'docs' / 'slurm.sh').read_text()}```"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text"), [("python run_", README), ("modal run", README), ("srun python run_", SLURM)]
+)
+def test_every_option_in_readme_and_slurm_script_exists(prefix: str, text: str) -> None:
+    found = commands(prefix, text)
     assert found
     for command in found:
         script = next(word for word in command if word.startswith("run_"))
