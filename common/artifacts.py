@@ -17,9 +17,10 @@ COMPRESSOR_RUNS = "field_compressor_runs"
 NPE_RUNS = "field_npe_runs"
 
 
-def tiles_folder(tiles_dir: str, results_dir: str | Path, lmax: int, noise_level: str) -> Path:
+def tiles_folder(tiles_dir: str, results_dir: str | Path, lmax: int, noise_level: str, *, fresh: bool = False) -> Path:
     """Folder of the shards: --tiles-dir if it was given, else the one for this lmax and noise level."""
-    return Path(tiles_dir) if tiles_dir else Path(results_dir) / "tiles" / f"lmax_{lmax}_{noise_level}"
+    kind = "fresh_tiles" if fresh else "tiles"
+    return Path(tiles_dir) if tiles_dir else Path(results_dir) / kind / f"lmax_{lmax}_{noise_level}"
 
 
 def compressor_folder(results_dir: str | Path, tag: str) -> Path:

@@ -79,6 +79,9 @@ class MockConfig(TileOptions):
         "disjoint", "where the twelve tiles lie: disjoint patches, or the overlapping ones of the published suite"
     )
     field: Field = option("lognormal", "statistics of the convergence field")
+    fresh: bool = option(
+        False, "other cosmologies and skies from the same prior, without the fiducial, into {results-dir}/fresh_tiles"
+    )
     workers: int = option(0, "worker processes (0: one per core); the tiles do not depend on it")
     fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "sim_id that is pinned to the fiducial cosmology")
 
@@ -137,6 +140,9 @@ class NPEConfig(SharedOptions):
     weight_decay: float = option(1e-5, "weight decay of AdamW")
     device: Device = option("auto", "auto takes cuda, then mps, then cpu")
     precision: Precision = option("auto", "autocast of the compressor; auto: bf16 on cuda, float32 elsewhere")
+    calibration_tiles: str = option(
+        "", "folder of independent simulations to check the posterior on (run_mock.py --fresh); else the test split"
+    )
     tag: str = option("", "name of the run (default: that of the stage-1 run)")
 
     def __post_init__(self) -> None:

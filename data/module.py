@@ -122,12 +122,17 @@ class TileDataModule:
         )
         indices = split_indices(self.manifest, self.tiles, self.tiles_dir)
         self.norm_stats = self._given_norm_stats or compute_norm_stats(self.tiles, indices["compressor_train"])
-        self.norm_stats.normalise_tiles_in_place(self.tiles.kappa)
-        theta = torch.from_numpy(self.norm_stats.normalise_theta(self.tiles.theta).astype(np.float32))  # (n, 2)
-        store = _resident(torch.from_numpy(self.tiles.kappa), self.device)
+        everything = whole_dataset(self.tiles, self.norm_stats, self.device)
         self.compressor_train_ds, self.npe_train_ds, self.test_ds, self.fiducial_ds = (
-            TileDataset(store, theta, indices[name], self.device) for name in SPLIT_NAMES
+            TileDataset(everything.store, everything.theta, indices[name], self.device) for name in SPLIT_NAMES
         )
+
+
+def whole_dataset(tiles: Tiles, norm_stats: NormStats, device: torch.device) -> TileDataset:
+    """All tiles as one data set, not augmented; their kappa is normalised in place."""
+    norm_stats.normalise_tiles_in_place(tiles.kappa)
+    theta = torch.from_numpy(norm_stats.normalise_theta(tiles.theta).astype(np.float32))  # (n, 2)
+    return TileDataset(_resident(torch.from_numpy(tiles.kappa), device), theta, np.arange(len(theta)), device)
 
 
 def _resident(kappa: torch.Tensor, device: torch.device) -> torch.Tensor:

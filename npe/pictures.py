@@ -1,4 +1,4 @@
-"""Picture of stage 2: the fiducial posteriors and their Figures of Merit."""
+"""Pictures of stage 2: the fiducial posteriors and their Figures of Merit; the calibration."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.patches import Ellipse
+from scipy.stats import chi2
 
-from common.figures import BLUE, ORANGE, figure
+from common.figures import BLUE, GREY, ORANGE, figure
+from npe.calibration import LEVELS, Calibration
 from npe.model import Posterior
 
 # Radius in sigma that holds 68.3 % of a two-dimensional Gaussian: sqrt(-2 ln(1 - 0.683)).
@@ -52,3 +54,30 @@ def draw_fom(posterior: Posterior, theta_true: np.ndarray, result: dict[str, Any
         right.set(xlabel="fiducial tile", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
         right.set_title(f"FoM {median:.0f} ± {scatter:.0f}")
         right.legend(loc="lower right")
+
+
+def draw_calibration(calibration: Calibration, tiles_name: str, path: Path) -> None:
+    """Left, expected coverage with its 68 % band; right, the distribution of d2 against chi^2."""
+    with figure(path, 9.6, 4.2) as drawn:
+        left, right = drawn.subplots(1, 2)
+        left.plot([0, 1], [0, 1], color=GREY, lw=1, label="exact posterior")
+        left.fill_between(LEVELS, calibration.coverage_lo, calibration.coverage_hi, color=BLUE, alpha=0.2, lw=0)
+        left.plot(LEVELS, calibration.coverage, color=BLUE, label="this posterior, 68 % band")
+        left.set(xlabel="credibility", ylabel="share of tiles with the truth inside", xlim=(0, 1), ylim=(0, 1))
+        left.set_title(f"{calibration.verdict}: s = {calibration.s:.2f} ± {calibration.s_err:.2f}")
+        left.set_aspect("equal")
+        left.legend(loc="upper left")
+
+        edges = np.linspace(0, 12, 25)
+        right.hist(
+            np.minimum(calibration.d2, 11.99),
+            edges,
+            density=True,
+            color=BLUE,
+            alpha=0.35,
+            label="tiles (last bin: all above)",
+        )
+        right.plot(edges, chi2(2).pdf(edges), color=ORANGE, label=r"$\chi^2$, two degrees of freedom")
+        right.set(xlabel="squared Mahalanobis distance of the truth", ylabel="density", xlim=(0, 12))
+        right.set_title(f"{len(calibration.d2)} tiles of {calibration.n_sims} simulations ({tiles_name})", fontsize=9)
+        right.legend(loc="upper right")

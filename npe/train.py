@@ -27,14 +27,16 @@ from common.errors import UserError
 from common.figures import draw_loss_curves
 from common.progress import Progress, append_metrics
 from compress.model import TrainedCompressor, load_compressor
-from data.module import TileDataModule
+from data.module import TileDataModule, whole_dataset
 from data.norm_stats import read_norm_stats
 from data.schema import THETA_NAMES
+from data.shards import Tiles, read_tiles
 from data.split import MANIFEST_NAME, read_manifest
+from npe.calibration import calibrate
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all, compressed_batches
 from npe.fom import augmentation_shift, bootstrap_median, bootstrap_median_over_tiles
 from npe.model import CHECKPOINT_NAME, GaussianNPE, Posterior, load_npe, predict_posterior, save_npe
-from npe.pictures import draw_fom
+from npe.pictures import draw_calibration, draw_fom
 
 RESULT_NAME, METRICS_NAME = "fom_result.json", "metrics.jsonl"
 
@@ -62,6 +64,7 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
     folder = npe_folder(results_dir, config.tag or trained.config.run_tag)
     refuse_finished_run(folder, RESULT_NAME, config.restart)
     data = _read_tiles(config, trained, compressor_run, results_dir, device)
+    fresh = _read_calibration_tiles(config, data)
     theta_std = np.array(data.norm_stats.theta_std)
     make_empty_folder(folder)
 
@@ -75,6 +78,14 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
     fiducial = _posterior_of(npe, compressed.fiducial_ds, data, config.batch_size)
     test = _posterior_of(npe, compressed.val_ds, data, config.batch_size)
     rng = np.random.default_rng([config.seed, 1])
+    if fresh is None:
+        rows, calibration_name = data.test_ds.rows.numpy(), "the test split"
+        calibration = calibrate(test, data.tiles.theta[rows], data.tiles.keys[rows, 0], rng)
+    else:
+        calibration_name = config.calibration_tiles
+        fresh_ds = CompressedTileDataset(whole_dataset(fresh, data.norm_stats, device), trained.model)
+        posterior = _posterior_of(npe, fresh_ds, data, config.batch_size)
+        calibration = calibrate(posterior, fresh.theta, fresh.keys[:, 0], rng)
     test_median = bootstrap_median(test.fom, data.manifest.splits["test"][:, 0], rng)
     fiducial_median = bootstrap_median_over_tiles(fiducial.fom, rng)
     result = {
@@ -106,6 +117,11 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
             "n_train_tiles": len(compressed.train_ds),
             "n_test_tiles": len(compressed.val_ds),
         },
+        "calibration": {
+            "tiles": calibration_name,
+            "optimistic": fresh is None,
+            **calibration.to_json(float(np.median(fiducial.fom))),
+        },
         "augmentation_shift_in_sigma": augmentation_shift(
             compressed.val_ds,
             test,
@@ -123,6 +139,7 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
         "config": asdict(config),
     }
     draw_fom(fiducial, np.array(result["fiducial"]["theta_true"]), result, folder / "fom.png")
+    draw_calibration(calibration, calibration_name, folder / "calibration.png")
     draw_loss_curves(
         folder / METRICS_NAME,
         folder / "loss_curves.png",
@@ -188,6 +205,24 @@ def fit(
 def _posterior_of(npe: GaussianNPE, dataset: CompressedTileDataset, data: TileDataModule, batch_size: int) -> Posterior:
     summary, _ = compress_all(dataset, batch_size)
     return predict_posterior(npe, summary, data.norm_stats)
+
+
+def _read_calibration_tiles(config: NPEConfig, data: TileDataModule) -> Tiles | None:
+    """The tiles of --calibration-tiles.
+
+    Raises:
+        UserError: bad shards, or simulations that this run was trained on.
+    """
+    if not config.calibration_tiles:
+        return None
+    tiles = read_tiles(Path(config.calibration_tiles), data.lmax, data.noise_level)
+    seen = set(map(tuple, data.tiles.params.tolist()))
+    if any(tuple(row) in seen for row in tiles.params.tolist()):
+        raise UserError(
+            f"{config.calibration_tiles} shares cosmologies with the training tiles; "
+            "give independent simulations as --calibration-tiles (python run_mock.py --fresh makes such)"
+        )
+    return tiles
 
 
 def _results_dir_of(compressor_run: Path) -> Path:

@@ -18,7 +18,7 @@ from common.errors import UserError
 from data.mock.cosmology import FIDUCIAL, S8_COUNTS, S8_EDGES, design
 from data.mock.fields import ell_of_alm, gaussian_cl_of_lognormal, hilbert_shift, noise_alm, signal_alm
 from data.mock.geometry import ORIENTATIONS, tile_centres, tiles_at, tiles_of_alm
-from data.mock.suite import build_suite
+from data.mock.suite import FRESH_SEED_OFFSET, build_suite
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, theory_cl
 from data.schema import SURVEYS, noise_cl, nside_of
 from data.shards import read_tiles
@@ -226,6 +226,14 @@ def test_the_design_agrees_with_the_published_table() -> None:
         assert abs(ours.mean() - published.mean()) < 0.1 * published.std(), name
         assert 0.9 < ours.std() / published.std() < 1.1, name
         assert kstest(ours, published).statistic < 0.08, name
+
+
+def test_a_fresh_suite_has_the_same_prior_and_no_simulation_in_common() -> None:
+    _, ours = design(791, 42, 109)
+    _, fresh = design(791, 42 + FRESH_SEED_OFFSET, None)
+    assert not set(ours[:, 0].tolist()) & set(fresh[:, 0].tolist())
+    for k, name in enumerate(COSMO_NAMES):
+        assert kstest(ours[:, k], fresh[:, k]).pvalue > 0.5, name  # two low-discrepancy draws from one distribution
 
 
 def test_a_small_suite_is_part_of_a_large_one_and_has_the_fiducial() -> None:

@@ -66,7 +66,7 @@ def test_every_promised_file_and_key_is_there(finished: Path) -> None:
         "loss_curves.png", "predicted_vs_true.png",
     }  # fmt: skip
     assert {p.name for p in npe_run(finished).iterdir()} == {
-        "npe_best.ckpt", "fom_result.json", "metrics.jsonl", "loss_curves.png", "fom.png"
+        "npe_best.ckpt", "fom_result.json", "metrics.jsonl", "loss_curves.png", "fom.png", "calibration.png"
     }  # fmt: skip
     fom = json.loads((npe_run(finished) / "fom_result.json").read_text())
     assert list(fom)[:9] == [
@@ -186,6 +186,34 @@ def test_stage_2_refuses_tiles_that_stage_1_did_not_see(finished: Path, tmp_path
     assert code == 2
     assert "split_manifest.json is missing" in err
     assert not (results / "field_npe_runs" / "x").exists()
+
+
+def test_calibration_on_fresh_simulations_and_never_on_those_of_the_training(
+    finished: Path, tmp_path: Path, run_command: Callable
+) -> None:
+    on_test = json.loads((npe_run(finished) / "fom_result.json").read_text())["calibration"]
+    assert on_test["optimistic"]
+    ckpt = compressor_run(finished) / "best.ckpt"
+    folder = finished / "tiles" / f"lmax_{SMALL_LMAX}_noiseless"
+    code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--tag", "c", "--calibration-tiles", folder)
+    assert code == 2
+    assert "shares cosmologies with the training tiles" in err
+    assert not (finished / "field_npe_runs" / "c").exists()
+
+    options = ["--results-dir", tmp_path, "--lmax", SMALL_LMAX, "--noise-level", "noiseless", "--n-sims", 20]
+    assert run_command("run_mock.py", "--fresh", *options)[0] == 0
+    fresh = tmp_path / "fresh_tiles" / f"lmax_{SMALL_LMAX}_noiseless"
+    code, _out, err = run_command(
+        "run_npe.py", "--ckpt", ckpt, "--tag", "c", "--calibration-tiles", fresh, "--max-epochs", 60, "--device", "cpu"
+    )
+    assert code == 0, err
+    result = json.loads((finished / "field_npe_runs" / "c" / "fom_result.json").read_text())
+    assert (result["calibration"]["n_tiles"], result["calibration"]["n_sims"]) == (240, 20)
+    assert not result["calibration"]["optimistic"]
+    assert result["calibration"]["s"] != on_test["s"]
+    # What is checked on does not change what is checked.
+    before = json.loads((npe_run(finished) / "fom_result.json").read_text())
+    assert result["fom_fiducial_all"] == before["fom_fiducial_all"]
 
 
 def test_no_fiducial_stage_1_warns_and_stage_2_refuses(

@@ -24,17 +24,18 @@ M_NU_FRACTION_AT_MINIMUM, M_NU_RANGE = 0.24, (0.06, 0.14)  # [eV]; the others lo
 TAIL = 3.5  # normal parameters are cut at so many standard deviations, inside the theory table
 
 
-def design(n_sims: int, seed: int, fiducial_sim_id: int) -> tuple[np.ndarray, np.ndarray]:
+def design(n_sims: int, seed: int, fiducial_sim_id: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Simulation ids and their cosmologies.
 
     Ids count from 1; where the fiducial one would not be among the first n_sims it takes the last
-    place. A simulation's cosmology depends on seed and id alone, so a small suite is part of a large one.
+    place. With None no simulation is pinned to the fiducial cosmology. A simulation's cosmology depends
+    on seed and id alone, so a small suite is part of a large one.
 
     Returns:
         sim_id int64 (n_sims,), and cosmologies float64 (n_sims, 7) in the order of COSMO_NAMES.
     """
     sim_id = np.arange(1, n_sims + 1)
-    if fiducial_sim_id > n_sims:
+    if fiducial_sim_id is not None and fiducial_sim_id > n_sims:
         sim_id[-1] = fiducial_sim_id
     power = int(np.ceil(np.log2(sim_id[-1] + 1)))  # a Sobol sequence is balanced in powers of two, and nested
     u = qmc.Sobol(len(COSMO_NAMES), rng=np.random.default_rng(seed)).random_base2(power)[sim_id]

@@ -32,6 +32,7 @@ from data.schema import FACES, SIMS_PER_SHARD, TILES_PER_SIM, nside_of
 from data.shards import open_shard
 
 METADATA_KEY = "mock_suite"
+FRESH_SEED_OFFSET = 1_000_000_007  # far from any seed that one would type
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
         UserError: the folder holds other shards, or cannot be written.
     """
     start = time.monotonic()
-    folder = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level)
-    sim_ids, cosmologies = design(config.n_sims, config.seed, config.fiducial_sim_id)
+    folder = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level, fresh=config.fresh)
+    seed = config.seed + FRESH_SEED_OFFSET * config.fresh
+    sim_ids, cosmologies = design(config.n_sims, seed, None if config.fresh else config.fiducial_sim_id)
     params = params_of(cosmologies)  # (n_sims, 8)
     theory_cl(cosmologies[:1], band_of(config.lmax, config.field))  # refuses an lmax beyond the table
     description = _description(config)
@@ -91,7 +93,7 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
 
     jobs = [
         Simulation(
-            int(sim_ids[i]), cosmologies[i], config.field, config.noise_level, config.lmax, config.geometry, config.seed
+            int(sim_ids[i]), cosmologies[i], config.field, config.noise_level, config.lmax, config.geometry, seed
         )
         for k in missing
         for i in range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
@@ -126,7 +128,7 @@ def _description(config: MockConfig) -> str:
     """What determines the tiles, stored in every shard."""
     content: dict[str, Any] = {
         name: getattr(config, name)
-        for name in ("lmax", "noise_level", "n_sims", "geometry", "field", "seed", "fiducial_sim_id")
+        for name in ("lmax", "noise_level", "n_sims", "geometry", "field", "seed", "fresh", "fiducial_sim_id")
     }
     return json.dumps({**content, "orientations_zyz_deg": ORIENTATIONS[config.geometry]}, sort_keys=True)
 
