@@ -77,15 +77,15 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
     npe = load_npe(folder / CHECKPOINT_NAME, device)
     fiducial = _posterior_of(npe, compressed.fiducial_ds, data, config.batch_size)
     test = _posterior_of(npe, compressed.val_ds, data, config.batch_size)
-    rng = np.random.default_rng([config.seed, 1])
+    rng, calibration_rng = (np.random.default_rng([config.seed, purpose]) for purpose in (1, 2))
     if fresh is None:
         rows, calibration_name = data.test_ds.rows.numpy(), "the test split"
-        calibration = calibrate(test, data.tiles.theta[rows], data.tiles.keys[rows, 0], rng)
+        calibration = calibrate(test, data.tiles.theta[rows], data.tiles.keys[rows, 0], calibration_rng)
     else:
         calibration_name = config.calibration_tiles
         fresh_ds = CompressedTileDataset(whole_dataset(fresh, data.norm_stats, device), trained.model)
         posterior = _posterior_of(npe, fresh_ds, data, config.batch_size)
-        calibration = calibrate(posterior, fresh.theta, fresh.keys[:, 0], rng)
+        calibration = calibrate(posterior, fresh.theta, fresh.keys[:, 0], calibration_rng)
     test_median = bootstrap_median(test.fom, data.manifest.splits["test"][:, 0], rng)
     fiducial_median = bootstrap_median_over_tiles(fiducial.fom, rng)
     result = {
