@@ -164,6 +164,16 @@ def test_augmented_summaries_are_new_every_time_and_the_rest_are_not(
     assert (first != second).any(dim=1).all()
 
 
+def test_stage_2_trains_on_new_summaries_every_epoch_and_judges_by_fixed_ones(
+    tile_ds: TileDataset, compressor: FieldLevelCompressor
+) -> None:
+    splits = Splits(tile_ds, tile_ds, tile_ds)
+    compressed = CompressedTileDataModule(splits, compressor, seeded_generator(0, "augment"))  # type: ignore[arg-type]
+    for dataset, fixed in (compressed.train_ds, False), (compressed.val_ds, True), (compressed.fiducial_ds, True):
+        first, second = compress_all(dataset, 8)[0], compress_all(dataset, 8)[0]
+        assert torch.equal(first, second) is fixed
+
+
 def test_the_frozen_network_is_bit_identical_after_stage_2(
     tile_ds: TileDataset, compressor: FieldLevelCompressor, tmp_path: Path
 ) -> None:

@@ -18,7 +18,8 @@ from compress.model import FieldLevelCompressor, load_compressor
 from compress.train import predict
 from data.module import TileDataModule
 from data.norm_stats import read_norm_stats
-from data.split import read_manifest
+from data.shards import read_tiles
+from data.split import make_manifest, read_manifest, write_manifest
 from npe.model import load_npe, predict_posterior
 
 CPU = torch.device("cpu")
@@ -180,6 +181,14 @@ def test_stage_2_refuses_tiles_that_stage_1_did_not_see(finished: Path, tmp_path
         code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--tag", "x", option, value)
         assert code == 2
         assert option in err
+
+    shutil.copytree(finished / "tiles", results / "tiles", dirs_exist_ok=True)
+    tiles = read_tiles(results / "tiles" / f"lmax_{SMALL_LMAX}_noiseless", SMALL_LMAX, "noiseless")
+    write_manifest(compressor_run(results), make_manifest(tiles, 43, "tile", 109))  # sound, but of another run
+    code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--tag", "x")
+    assert code == 2
+    assert "is not the split that" in err
+
     manifest = compressor_run(results) / "split_manifest.json"
     manifest.unlink()
     code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--tag", "x")
