@@ -36,9 +36,9 @@ def load_checkpoint(path: Path, kind: str, keys: tuple[str, ...]) -> dict[str, A
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give the best.ckpt of a stage-1 run") from None
     except Exception as error:  # torch raises many kinds here; all mean the same to the user
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} is not a checkpoint of this program ({first_line[:120]}); run the stage that writes it again"
+            f"{path} is not a checkpoint of this program, or it is damaged ({type(error).__name__}); "
+            "give the best.ckpt of a stage-1 run, or run the stage that writes it again"
         ) from None
     if not isinstance(content, dict) or content.get("kind") != kind or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a {kind} checkpoint of format {FORMAT}; give the file that this program wrote")
