@@ -9,10 +9,10 @@ import numpy as np
 from scipy.stats import chi2
 
 from data.schema import THETA_NAMES
+from npe.fom import N_BOOTSTRAP
 from npe.model import Posterior
 
 LEVELS = np.linspace(0.05, 0.95, 19)  # credibility levels of the coverage curve
-N_BOOTSTRAP = 1000
 VERDICT_SIGMA = 3.0  # s must lie so many of its errors from 1 to be called miscalibrated
 
 
@@ -91,8 +91,8 @@ def calibrate(posterior: Posterior, theta: np.ndarray, sim_id: np.ndarray, rng: 
     sims, group = np.unique(sim_id, return_inverse=True)
     sums = np.zeros((len(sims), columns.shape[1]))
     np.add.at(sums, group, columns)
-    picks = rng.integers(len(sims), size=(N_BOOTSTRAP, len(sims)))
-    resampled = sums[picks].sum(axis=1)  # (N_BOOTSTRAP, n_columns)
+    counts = rng.multinomial(len(sims), np.full(len(sims), 1 / len(sims)), size=N_BOOTSTRAP)  # how often each is drawn
+    resampled = counts @ sums  # (N_BOOTSTRAP, n_sims) @ (n_sims, n_columns)
     resampled = resampled[:, 1:] / resampled[:, :1]
     z_mean, z_square, mean_d2, coverage = np.split(columns[:, 1:].mean(axis=0), [2, 4, 5])
     b_z_mean, b_z_square, b_mean_d2, b_coverage = np.split(resampled, [2, 4, 5], axis=1)

@@ -55,6 +55,18 @@ def test_theory_table_agrees_with_pyccl_at_cosmologies_it_was_not_made_from() ->
         assert np.abs(ratio[:, ELL >= 10] - 1).max() <= 0.01, dict(zip(COSMO_NAMES, cosmo, strict=True))
 
 
+@pytest.mark.slow
+def test_theory_table_agrees_with_pyccl_over_the_whole_prior() -> None:
+    pytest.importorskip("pyccl")
+    from data.mock.make_theory_table import ELL, ccl_spectra
+
+    _, cosmologies = design(791, 7, 109)
+    ratio = np.array([theory_cl(c, int(ELL[-1]))[0][:, ELL.astype(int)] / ccl_spectra(c) for c in cosmologies[::4]])
+    error = np.abs(ratio[:, :, ELL >= 10] - 1)
+    print(f"largest error {error.max():.4f}, rms {np.sqrt(np.square(error).mean()):.5f}")
+    assert error.max() <= 0.01
+
+
 def test_theory_refuses_to_extrapolate() -> None:
     far = FIDUCIAL_COSMO.copy()
     far[0] = 0.6

@@ -62,11 +62,6 @@ def _load_table() -> dict[str, np.ndarray]:
         return {name: table[name].astype(np.float64) for name in table.files}
 
 
-def theory_ell_max() -> int:
-    """Largest multipole of the table."""
-    return int(_load_table()["ell"][-1])
-
-
 def theory_cl(cosmo: np.ndarray, lmax: int) -> np.ndarray:
     """Non-linear convergence spectra C_ell^{ij} (Limber, halofit; Takahashi et al. 2012).
 
