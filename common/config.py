@@ -23,8 +23,10 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bf16"]
 Backbone = Literal["efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "tiny"]
 SplitBy = Literal["tile", "sim"]
-Geometry = Literal["disjoint", "published"]
+Geometry = Literal["disjoint", "published", "flat"]
+CheckGeometry = Literal["auto", "published", "disjoint"]
 Field = Literal["lognormal", "gaussian"]
+Vary = Literal["all", "Omega_m,S8"]
 
 FIDUCIAL_SIM_ID = 109
 
@@ -43,16 +45,26 @@ def required(help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedOptions:
-    """Options that every command has."""
+    """Where a command reads and writes."""
 
     results_dir: str = option("results", "folder that everything is read from and written to")
     tiles_dir: str = option(
         "", "another folder of shard_*.parquet (default: the one for lmax and noise level below --results-dir)"
     )
+
+    def __post_init__(self) -> None:
+        """The end of every chain of super().__post_init__()."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions(SharedOptions):
+    """Options of a command that draws at random and writes."""
+
     seed: int = option(42, "seed of every random draw of this command")
     restart: bool = option(False, "delete a finished run or suite of the same name and start over")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _not_negative(self, "seed")
 
 
@@ -61,6 +73,7 @@ class TileOptions(SharedOptions):
     """Which tiles are meant; stage 2 has these from its checkpoint instead."""
 
     lmax: int = option(200, "largest multipole of the tiles")
+    nside: int = option(0, "pixels per side of a tile (0: those that belong to lmax, 128 at 200)")
     noise_level: NoiseLevel = option(
         "des_y3", "shape noise; des_y3 and lsst_y10 as published, *_survey at twice that power"
     )
@@ -68,17 +81,21 @@ class TileOptions(SharedOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "lmax")
+        _not_negative(self, "nside")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MockConfig(TileOptions):
+class MockConfig(TileOptions, WritingOptions):
     """Build a mock tomographic lensing suite: shards of tiles with known cosmology."""
 
     n_sims: int = option(791, "number of simulations, the fiducial one among them")
     geometry: Geometry = option(
-        "disjoint", "where the twelve tiles lie: disjoint patches, or the overlapping ones of the published suite"
+        "disjoint",
+        "where the twelve tiles lie: disjoint patches, the overlapping ones of the published suite, or (flat) twelve "
+        "independent periodic squares, whose posterior is known exactly",
     )
     field: Field = option("lognormal", "statistics of the convergence field")
+    vary: Vary = option("all", "parameters that vary; the others stay at the fiducial")
     fresh: bool = option(
         False, "other cosmologies and skies from the same prior, without the fiducial, into {results-dir}/fresh_tiles"
     )
@@ -89,10 +106,34 @@ class MockConfig(TileOptions):
         super().__post_init__()
         _positive(self, "n_sims", "fiducial_sim_id")
         _not_negative(self, "workers")
+        if self.geometry == "flat" and self.field != "gaussian":
+            raise UserError("--geometry flat is made of Fourier modes, which are Gaussian; add --field gaussian")
+        if self.geometry != "flat" and self.nside & (self.nside - 1):
+            raise UserError(f"--nside {self.nside} is no power of two, which HEALPix needs; or take --geometry flat")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressorConfig(TileOptions):
+class SplitOptions(TileOptions):
+    """How tiles are dealt out; stage 2 has these from the manifest instead."""
+
+    split_by: SplitBy = option("tile", "what is dealt out to the splits: single tiles, or whole simulations")
+    split_seed: int = option(42, "seed of the split; leave it, so that runs are comparable")
+    fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "simulation held out of every split")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _not_negative(self, "split_seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(SplitOptions):
+    """Check a folder of tiles before training: what the splits share, odd tiles, the fiducial's place in the prior."""
+
+    geometry: CheckGeometry = option("auto", "where the tiles lie: auto takes what the shards say")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressorConfig(SplitOptions, WritingOptions):
     """Stage 1: train the field-level compressor, an EfficientNet that learns normalised theta from a tile."""
 
     backbone: Backbone = option("efficientnet_v2_s", "network; tiny is for laptops and tests")
@@ -105,9 +146,6 @@ class CompressorConfig(TileOptions):
     decay_factor: float = option(0.85, "the learning rate is multiplied by this ...")
     decay_epochs: int = option(20, "... every so many epochs")
     theta_noise: float = option(0.005, "standard deviation of Gaussian noise on the normalised theta while training")
-    split_by: SplitBy = option("tile", "what is dealt out to the splits: single tiles, or whole simulations")
-    split_seed: int = option(42, "seed of the split; leave it, so that runs are comparable")
-    fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "simulation held out of every split")
     device: Device = option("auto", "auto takes cuda, then mps, then cpu")
     precision: Precision = option("auto", "autocast of the network; auto: bf16 on cuda, float32 elsewhere")
     tag: str = option("", "name of the run (default: field_mse_lmax{lmax}_{noise-level}_{backbone})")
@@ -115,7 +153,7 @@ class CompressorConfig(TileOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "max_epochs", "batch_size", "patience", "learning_rate", "decay_factor", "decay_epochs")
-        _not_negative(self, "weight_decay", "warmup_steps", "theta_noise", "split_seed")
+        _not_negative(self, "weight_decay", "warmup_steps", "theta_noise")
         _plain_name(self.tag)
 
     @property
@@ -125,7 +163,7 @@ class CompressorConfig(TileOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NPEConfig(SharedOptions):
+class NPEConfig(WritingOptions):
     """Stage 2: learn the posterior from the frozen compressor's summaries; the Figure of Merit at the fiducial."""
 
     ckpt: str = required("best.ckpt of a stage-1 run; its split and normalisation are read from beside it")
@@ -138,6 +176,7 @@ class NPEConfig(SharedOptions):
     patience: int = option(30, "stop after so many epochs without a lower loss on the test split")
     learning_rate: float = option(1e-3, "learning rate of AdamW")
     weight_decay: float = option(1e-5, "weight decay of AdamW")
+    n_members: int = option(5, "NPEs with other initial weights on the same batches; the FoM is that of the first")
     device: Device = option("auto", "auto takes cuda, then mps, then cpu")
     precision: Precision = option("auto", "autocast of the compressor; auto: bf16 on cuda, float32 elsewhere")
     calibration_tiles: str = option(
@@ -147,7 +186,7 @@ class NPEConfig(SharedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "max_epochs", "batch_size", "patience", "learning_rate")
+        _positive(self, "max_epochs", "batch_size", "patience", "learning_rate", "n_members")
         _not_negative(self, "weight_decay")
         _plain_name(self.tag)
 

@@ -55,11 +55,14 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         config.lmax,
         config.noise_level,
         config.fiducial_sim_id,
+        nside=config.nside,
         split_seed=config.split_seed,
         split_by=config.split_by,
         device=device,
     )
     data.setup()
+    for warning in data.audit.warnings():
+        warn(warning)
     if len(data.fiducial_ds) == 0:
         warn(f"{tiles_dir} has no simulation {config.fiducial_sim_id}: stage 2 will find no fiducial tiles and refuse")
     make_empty_folder(folder)
@@ -87,6 +90,7 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         "elapsed_s": round(time.monotonic() - start, 1),
         "n_tiles": {name: len(dataset) for name, dataset in splits.items()} | {"fiducial": len(data.fiducial_ds)},
         "n_parameters": sum(p.numel() for p in model.parameters()),
+        "audit": data.audit.to_json(),
         "manifest_sha256": data.manifest.sha256,
         "folder": str(folder),
         "tiles_dir": str(tiles_dir),
@@ -102,6 +106,7 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         "mean squared error of normalised theta",
         train=("train_loss", "training (augmented, with theta noise)"),
         validation=("val_mse", "validation"),
+        best_epoch=stopper.best_epoch,
         log=True,
     )
     draw_predictions(

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from common.config import SplitBy
+from data.audit import Audit, audit_tiles
 from data.augment import draw_symmetries, gather_augmented
 from data.norm_stats import NormStats, compute_norm_stats
-from data.shards import Tiles, read_tiles
+from data.shards import Tiles, read_orientations, read_tiles
 from data.split import SPLIT_NAMES, SplitManifest, make_manifest, split_indices
 
 GPU_MEMORY_SHARE = 0.6  # of the free memory may go to the tiles; above it they stay in host memory
@@ -88,6 +89,7 @@ class TileDataModule:
 
     Attributes, after setup():
         manifest, norm_stats: as made or given.
+        audit: what the splits share, and more.
         tiles: the data set. Its kappa is normalised in place.
         compressor_train_ds, npe_train_ds, test_ds, fiducial_ds: one TileDataset per split, not augmented.
     """
@@ -99,28 +101,30 @@ class TileDataModule:
         noise_level: str,
         fiducial_sim_id: int,
         *,
+        nside: int = 0,
         split_seed: int,
         split_by: SplitBy,
         device: torch.device,
         manifest: SplitManifest | None = None,
         norm_stats: NormStats | None = None,
     ) -> None:
-        self.tiles_dir, self.lmax, self.noise_level = tiles_dir, lmax, noise_level
+        self.tiles_dir, self.lmax, self.nside, self.noise_level = tiles_dir, lmax, nside, noise_level
         self.fiducial_sim_id, self.split_seed, self.split_by = fiducial_sim_id, split_seed, split_by
         self.device = device
         self._given_manifest, self._given_norm_stats = manifest, norm_stats
 
     def setup(self) -> None:
-        """Read, split, normalise, move to the device.
+        """Read, split, audit, normalise, move to the device.
 
         Raises:
             UserError: bad shards, too few tiles, or tiles that do not fit the manifest.
         """
-        self.tiles: Tiles = read_tiles(self.tiles_dir, self.lmax, self.noise_level)
+        self.tiles: Tiles = read_tiles(self.tiles_dir, self.lmax, self.noise_level, self.nside)
         self.manifest = self._given_manifest or make_manifest(
             self.tiles, self.split_seed, self.split_by, self.fiducial_sim_id
         )
         indices = split_indices(self.manifest, self.tiles, self.tiles_dir)
+        self.audit: Audit = audit_tiles(self.tiles, indices, self.fiducial_sim_id, read_orientations(self.tiles_dir))
         self.norm_stats = self._given_norm_stats or compute_norm_stats(self.tiles, indices["compressor_train"])
         everything = whole_dataset(self.tiles, self.norm_stats, self.device)
         self.compressor_train_ds, self.npe_train_ds, self.test_ds, self.fiducial_ds = (

@@ -21,9 +21,12 @@ SIMS_PER_SHARD = 50  # as in the published shards
 LMAX_TO_NSIDE = {200: 128, 400: 256, 600: 256, 800: 512, 1000: 512}
 
 
-def nside_of(lmax: int) -> int:
-    """HEALPix nside, and so pixels per side, of a tile: published values, else the next power of two >= lmax / 2."""
-    return LMAX_TO_NSIDE.get(lmax, 1 << max(0, (lmax + 1) // 2 - 1).bit_length())
+def nside_of(lmax: int, nside: int = 0) -> int:
+    """Pixels per side of a tile, on the sphere its HEALPix nside: `nside` if given, else what belongs to lmax.
+
+    That is the published value, else the next power of two >= lmax / 2.
+    """
+    return nside or LMAX_TO_NSIDE.get(lmax, 1 << max(0, (lmax + 1) // 2 - 1).bit_length())
 
 
 def s8_of(sigma_8: np.ndarray, omega_m: np.ndarray) -> np.ndarray:

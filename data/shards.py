@@ -6,6 +6,7 @@ Two layouts are read: the published one (kappa as nested lists of doubles) and o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from common.artifacts import atomic_path
 from common.errors import UserError
 from common.progress import Progress
 from data.schema import KEY_NAMES, N_BINS, PARAM_NAMES, THETA_COLUMNS, nside_of, s8_of
+from data.sky import Orientations
 
 S8_TOLERANCE = 1e-4  # relative; S8 is derived from two columns of the same table
 VALUES_PER_READ = 1 << 20  # pixels at a time: what pyarrow needs beside the array grows with it
+METADATA_KEY = "mock_suite"  # of the JSON that says how the mock suite made a shard; published shards have none
+ORIENTATIONS_KEY = "orientations_zyz_deg"  # in it: data.sky.Orientations, or null for tiles without a common sky
 BUFFER_SIZE = 1 << 20  # bytes read from the file at a time, in place of whole column chunks
 
 
@@ -107,7 +111,7 @@ def open_shard(path: Path, nside: int, metadata: dict[str, str]) -> Iterator[Sha
 # ---------------------------------------------------------------- reading
 
 
-def read_tiles(folder: Path, lmax: int, noise_level: str) -> Tiles:
+def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Tiles:
     """Read every shard of a folder into one array, in the canonical order.
 
     Shards are read a few tiles at a time straight into the array: the peak memory is the array and
@@ -115,7 +119,7 @@ def read_tiles(folder: Path, lmax: int, noise_level: str) -> Tiles:
 
     Args:
         folder: holds shard_*.parquet.
-        lmax: the tiles must be nside_of(lmax) pixels wide.
+        lmax, nside: the tiles must be nside_of(lmax, nside) pixels wide.
         noise_level: the tiles must be of this one.
 
     Raises:
@@ -127,7 +131,7 @@ def read_tiles(folder: Path, lmax: int, noise_level: str) -> Tiles:
             f"no shard_*.parquet in {folder}; make tiles with `python run_mock.py --lmax {lmax} "
             f"--noise-level {noise_level}`, or give their folder as --tiles-dir"
         )
-    nside = nside_of(lmax)
+    nside = nside_of(lmax, nside)
     tables = [_read_labels(path, lmax, noise_level) for path in paths]
     keys = np.concatenate([table[0] for table in tables])  # (n, 3)
     params = np.concatenate([table[1] for table in tables])  # (n, 8)
@@ -146,6 +150,25 @@ def read_tiles(folder: Path, lmax: int, noise_level: str) -> Tiles:
             _read_kappa(path, nside, lmax, kappa, destination[start : start + n_rows], progress)
             start += n_rows
     return Tiles(kappa, keys[order], params[order], lmax, noise_level)
+
+
+def description_of(path: Path) -> str | None:
+    """The JSON text that the mock suite stored in a shard; None if it did not write this file."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError):
+        return None
+    text = metadata.get(METADATA_KEY.encode())
+    return None if text is None else text.decode()
+
+
+def read_orientations(folder: Path) -> Orientations | None:
+    """Where the tiles of a folder lie, by its first shard: empty for tiles without a common sky, None if unsaid."""
+    first = min(folder.glob("shard_*.parquet"), default=folder)
+    description = json.loads(description_of(first) or "{}")
+    if ORIENTATIONS_KEY not in description:
+        return None
+    return tuple((first, second, third) for first, second, third in description[ORIENTATIONS_KEY] or ())
 
 
 @contextmanager
@@ -287,7 +310,7 @@ def _flat_values(array: pa.Array, nside: int, lmax: int, path: Path, first_row: 
             i = int(np.argmax(wrong))
             raise UserError(
                 f"{path}, row {first_row + i // lists_per_row}: kappa is not ({N_BINS}, {nside}, {nside}), the shape "
-                f"for lmax {lmax} (a length is {lengths[i]} where {size} is due); change --lmax or --tiles-dir"
+                f"for lmax {lmax} (a length is {lengths[i]} where {size} is due); change --lmax, --nside or --tiles-dir"
             )
         array = array.flatten()
         lists_per_row *= size

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from common.artifacts import atomic_path, write_json
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.config import CompressorConfig, MockConfig, NPEConfig, parse_args, with_signature_of
+from common.config import CheckConfig, CompressorConfig, MockConfig, NPEConfig, parse_args, with_signature_of
 from common.early_stopping import EarlyStopping
 from common.errors import UserError
 from common.schedule import lr_at
@@ -94,7 +94,7 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
         load_checkpoint(path, "npe", ("model",))
 
 
-@pytest.mark.parametrize("config_class", [MockConfig, CompressorConfig, NPEConfig])
+@pytest.mark.parametrize("config_class", [MockConfig, CheckConfig, CompressorConfig, NPEConfig])
 def test_the_command_line_and_the_modal_signature_come_from_one_definition(config_class: type) -> None:
     given = ["--ckpt", "x"] if config_class is NPEConfig else []
     assert parse_args(config_class, given) == config_class(**({"ckpt": "x"} if given else {}))
@@ -111,6 +111,7 @@ def test_the_command_line_and_the_modal_signature_come_from_one_definition(confi
         ("run_mock.py", ["--n-sims", "0"], "--n-sims"),
         ("run_mock.py", ["--geometry", "flatish"], "--geometry"),
         ("run_mock.py", ["--lmax", "5000"], "lmax"),
+        ("run_check.py", ["--split-seed", "-1"], "--split-seed"),
         ("run_compressor.py", ["--lmax", "many"], "--lmax"),
         ("run_compressor.py", ["--batch-size", "-3"], "--batch-size"),
         ("run_compressor.py", ["--tag", "../elsewhere"], "--tag"),

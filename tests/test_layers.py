@@ -58,7 +58,8 @@ def test_only_the_mock_suite_knows_the_sphere() -> None:
 def test_both_stages_import_where_ducc0_healpy_pyccl_and_modal_are_absent(tmp_path: Path) -> None:
     for name in ("ducc0", "healpy", "pyccl", "modal"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no module {name}', name='{name}')\n")
-    code = "import compress.train, npe.train, run_compressor, run_npe, run_mock; print(run_npe.remote.modal)"
+    modules = "compress.train, npe.train, data.audit, run_compressor, run_npe, run_mock, run_check"
+    code = f"import {modules}; print(run_npe.remote.modal)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import ducc0
 import numpy as np
 import pytest
 from conftest import SHARED_DATA, SMALL_LMAX, SMALL_SUITE
@@ -17,11 +18,12 @@ from common.config import MockConfig
 from common.errors import UserError
 from data.mock.cosmology import FIDUCIAL, S8_COUNTS, S8_EDGES, design
 from data.mock.fields import ell_of_alm, gaussian_cl_of_lognormal, hilbert_shift, noise_alm, signal_alm
-from data.mock.geometry import ORIENTATIONS, tile_centres, tiles_at, tiles_of_alm
+from data.mock.geometry import tiles_of_alm
 from data.mock.suite import FRESH_SEED_OFFSET, build_suite
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, theory_cl
-from data.schema import SURVEYS, noise_cl, nside_of
+from data.schema import FACES, SURVEYS, noise_cl, nside_of
 from data.shards import read_tiles
+from data.sky import ORIENTATIONS, equatorial_face, rotation, tile_centres, tiles_at
 
 LMAX, N_SKIES = 200, 50
 FIDUCIAL_COSMO = np.array([FIDUCIAL[name] for name in COSMO_NAMES])
@@ -155,18 +157,27 @@ def overlaps() -> dict[str, np.ndarray]:
     points = np.random.default_rng(0).standard_normal((300_000, 3))
     points /= np.linalg.norm(points, axis=1, keepdims=True)
     result = {}
-    for geometry in ORIENTATIONS:
-        inside = tiles_at(points, geometry).astype(np.float64)
+    for geometry, orientations in ORIENTATIONS.items():
+        inside = tiles_at(points, orientations).astype(np.float64)
         result[geometry] = inside.T @ inside / inside.sum(axis=0)[:, None]
         result[geometry + " sky"] = inside.any(axis=1).mean()
     return result
+
+
+def test_the_closed_form_of_the_equatorial_faces_is_ducc0s() -> None:
+    base = ducc0.healpix.Healpix_Base(1, "NEST")  # at nside 1 a pixel is a base face
+    points = np.random.default_rng(1).standard_normal((200_000, 3))
+    face = base.vec2pix(points)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    np.testing.assert_array_equal(equatorial_face(points), np.where(np.isin(face, FACES), face, -1))
+    np.testing.assert_allclose(tile_centres(((0.0, 0.0, 0.0),)), base.pix2vec(np.array(FACES)), atol=1e-15)
 
 
 def test_disjoint_tiles_hardly_overlap_and_cover_the_sky(overlaps: dict[str, np.ndarray]) -> None:
     share = overlaps["disjoint"] - np.eye(12)
     assert share.max() < 0.03
     assert overlaps["disjoint sky"] == pytest.approx(0.96, abs=0.005)
-    centres = tile_centres("disjoint")
+    centres = tile_centres(ORIENTATIONS["disjoint"])
     apart = np.degrees(np.arccos(np.clip(centres @ centres.T, -1, 1)))[~np.eye(12, dtype=bool)]
     assert apart.min() == pytest.approx(60)  # the twelve directions of a cuboctahedron
 
@@ -189,8 +200,6 @@ def test_published_orientation_2_is_orientation_0_with_its_faces_permuted() -> N
 def test_every_pixel_shows_the_sky_where_the_geometry_says_it_lies(geometry: str) -> None:
     # By brute force: the spherical harmonics summed at the pixel's own direction on the unrotated sky.
     healpy = pytest.importorskip("healpy")
-    from data.mock.geometry import _rotation
-
     lmax, nside = 7, 8
     rng = np.random.default_rng(3)
     ell = ell_of_alm(lmax)
@@ -200,13 +209,13 @@ def test_every_pixel_shows_the_sky_where_the_geometry_says_it_lies(geometry: str
     for _ in range(60):
         orientation, face, x, y = rng.integers([3, 4, nside, nside])
         vector = np.array(healpy.pix2vec(nside, healpy.xyf2pix(nside, int(x), int(y), int(face) + 4)))
-        vector = vector @ _rotation(np.radians(ORIENTATIONS[geometry][orientation]))  # R^T v: back to the unrotated sky
+        vector = vector @ rotation(np.radians(ORIENTATIONS[geometry][orientation]))  # R^T v: back to the unrotated sky
         theta, phi = np.arccos(vector[2]), np.arctan2(vector[1], vector[0])
         harmonics = sph_harm_y(ell, m, theta, phi) * np.where(m > 0, 2, 1)
         np.testing.assert_allclose(
             tiles[4 * orientation + face, :, y, x], (alm * harmonics).sum(axis=1).real, rtol=2e-5, atol=1e-5
         )
-        assert tiles_at(vector[None], geometry)[0, 4 * orientation + face]
+        assert tiles_at(vector[None], ORIENTATIONS[geometry])[0, 4 * orientation + face]
 
 
 # ---------------------------------------------------------------- cosmologies

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, SMALL_LMAX
 
 from common import remote
-from common.config import CompressorConfig, NPEConfig
+from common.config import CheckConfig, CompressorConfig, NPEConfig
 
 pytest.importorskip("modal")
 pytestmark = pytest.mark.modal
@@ -24,6 +24,7 @@ FUNCTIONS = {
     "run_compressor": "compressor_in_container",
     "run_npe": "npe_in_container",
     "run_mock": "mock_in_container",
+    "run_check": "check_in_container",
 }
 
 
@@ -38,7 +39,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", sorted(FUNCTIONS))
 def test_functions_ask_for_what_a_long_run_needs(script: str) -> None:
     info = getattr(importlib.import_module(script), FUNCTIONS[script]).info()
-    gpus = [] if script == "run_mock" else ["H100", "A100-80GB"]
+    gpus = [] if script in ("run_mock", "run_check") else ["H100", "A100-80GB"]
     assert [name for name, _ in info.gpus or []] == gpus
     assert info.timeout == 24 * 3600
     assert info.max_retries == 10
@@ -52,7 +53,9 @@ def modal_run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(("script", "config"), [("run_compressor", CompressorConfig), ("run_npe", NPEConfig)])
+@pytest.mark.parametrize(
+    ("script", "config"), [("run_compressor", CompressorConfig), ("run_npe", NPEConfig), ("run_check", CheckConfig)]
+)
 def test_modal_run_help_lists_every_option(script: str, config: type) -> None:
     done = modal_run(f"{script}.py", "--help")
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from common.config import CompressorConfig, MockConfig, NPEConfig
+from common.config import CheckConfig, CompressorConfig, MockConfig, NPEConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Appended to each command: the last value of an option counts.
@@ -22,7 +22,12 @@ SMALLER = {
     "run_compressor.py": ["--max-epochs", "1", "--batch-size", "8"],
     "run_npe.py": ["--max-epochs", "2"],
 }
-CONFIGS = {"run_mock.py": MockConfig, "run_compressor.py": CompressorConfig, "run_npe.py": NPEConfig}
+CONFIGS = {
+    "run_mock.py": MockConfig,
+    "run_check.py": CheckConfig,
+    "run_compressor.py": CompressorConfig,
+    "run_npe.py": NPEConfig,
+}
 
 
 def commands(prefix: str, text: str = README) -> list[list[str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import norm, qmc, truncnorm
+from scipy.stats import norm, qmc, rv_histogram, truncnorm
 
+from common.config import Vary
 from data.mock.theory import COSMO_NAMES
 from data.schema import PARAM_NAMES
 
@@ -24,12 +25,12 @@ M_NU_FRACTION_AT_MINIMUM, M_NU_RANGE = 0.24, (0.06, 0.14)  # [eV]; the others lo
 TAIL = 3.5  # normal parameters are cut at so many standard deviations, inside the theory table
 
 
-def design(n_sims: int, seed: int, fiducial_sim_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+def design(n_sims: int, seed: int, fiducial_sim_id: int | None, vary: Vary = "all") -> tuple[np.ndarray, np.ndarray]:
     """Simulation ids and their cosmologies.
 
     Ids count from 1; where the fiducial one would not be among the first n_sims it takes the last
     place. With None no simulation is pinned to the fiducial cosmology. A simulation's cosmology depends
-    on seed and id alone, so a small suite is part of a large one.
+    on seed and id alone, so a small suite is part of a large one. Parameters that do not vary are the fiducial's.
 
     Returns:
         sim_id int64 (n_sims,), and cosmologies float64 (n_sims, 7) in the order of COSMO_NAMES.
@@ -39,7 +40,7 @@ def design(n_sims: int, seed: int, fiducial_sim_id: int | None) -> tuple[np.ndar
         sim_id[-1] = fiducial_sim_id
     power = int(np.ceil(np.log2(sim_id[-1] + 1)))  # a Sobol sequence is balanced in powers of two, and nested
     u = qmc.Sobol(len(COSMO_NAMES), rng=np.random.default_rng(seed)).random_base2(power)[sim_id]
-    cosmo = prior_quantile(u)
+    cosmo = held_fixed(prior_quantile(u), vary)
     cosmo[sim_id == fiducial_sim_id] = [FIDUCIAL[name] for name in COSMO_NAMES]
     return sim_id, cosmo
 
@@ -55,6 +56,22 @@ def prior_quantile(u: np.ndarray) -> np.ndarray:
     v = np.clip((u[:, 6] - M_NU_FRACTION_AT_MINIMUM) / (1 - M_NU_FRACTION_AT_MINIMUM), 0, 1)
     m_nu = M_NU_RANGE[0] * (M_NU_RANGE[1] / M_NU_RANGE[0]) ** v
     return np.stack([omega_m, s8, w, h, n_s, omega_b, m_nu], axis=1)
+
+
+def held_fixed(cosmo: np.ndarray, vary: Vary) -> np.ndarray:
+    """Cosmologies (n, 7) with the fiducial's value in every parameter that does not vary."""
+    if vary == "all":
+        return cosmo
+    fixed = [FIDUCIAL[name] for name in COSMO_NAMES]
+    return np.where(np.isin(COSMO_NAMES, vary.split(",")), cosmo, fixed)
+
+
+def prior_density(theta: np.ndarray) -> np.ndarray:
+    """Density of the suite's prior in (Omega_m, S8): theta (n, 2) -> (n,); zero outside its range."""
+    lower, upper = ((edge - OMEGA_M_MEAN) / OMEGA_M_STD for edge in OMEGA_M_RANGE)
+    of_omega_m = truncnorm.pdf(theta[:, 0], lower, upper, OMEGA_M_MEAN, OMEGA_M_STD)
+    of_s8 = rv_histogram((S8_COUNTS, S8_EDGES), density=False).pdf(theta[:, 1])
+    return of_omega_m * of_s8
 
 
 def _truncated_normal(

@@ -1,4 +1,4 @@
-"""Where the twelve tiles of a simulation lie: three rotations of the sky, four HEALPix faces of each."""
+"""Cut the twelve tiles out of a simulated sky: the equatorial HEALPix faces of its three orientations."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ import ducc0
 import numpy as np
 
 from data.schema import FACES
-
-# ZYZ Euler angles in degrees (first about z, then about the original y, then about the original z), one row
-# per orientation_id. "disjoint" brings the twelve equatorial faces onto the centres of the twelve HEALPix base
-# faces. "published" is the geometry of EiffL/GowerStreetDESY3, whose tiles overlap; it is stated there as (0, 0, 0),
-# (0, 90, 0), (90, 0, 0) for turning the frame, and these angles turn the sky, hence the signs.
-ORIENTATIONS = {
-    "disjoint": ((0.0, 0.0, 0.0), (45.0, 90.0, 45.0), (135.0, 90.0, 45.0)),
-    "published": ((0.0, 0.0, 0.0), (0.0, -90.0, 0.0), (-90.0, 0.0, 0.0)),
-}
+from data.sky import ORIENTATIONS
 
 
 @cache
@@ -55,49 +47,3 @@ def tiles_of_alm(alm: np.ndarray, lmax: int, nside: int, geometry: str) -> np.nd
         sky = ducc0.sht.synthesis(alm=rotated[:, None], spin=0, lmax=lmax, nthreads=1, **ring)[:, 0]  # (4, n_pixels)
         tiles.append(sky[:, pixel].transpose(1, 0, 2, 3))  # (4 bins, 4 faces, N, N) -> (4 faces, 4 bins, N, N)
     return np.concatenate(tiles).astype(np.float32)  # (12, 4, N, N)
-
-
-def tile_centres(geometry: str) -> np.ndarray:
-    """Unit vectors (12, 3) of the tiles' centres on the unrotated sky, in the order of tiles_of_alm."""
-    return np.concatenate([_unrotated(_face_centres(), angles) for angles in np.radians(ORIENTATIONS[geometry])])
-
-
-def tiles_at(points: np.ndarray, geometry: str) -> np.ndarray:
-    """Which tiles contain given directions of the unrotated sky.
-
-    Args:
-        points: unit vectors (n, 3).
-
-    Returns:
-        bool (n, 12), in the order of tiles_of_alm.
-    """
-    base = ducc0.healpix.Healpix_Base(1, "NEST")  # at nside 1 a pixel is a base face
-    inside = []
-    for angles in np.radians(ORIENTATIONS[geometry]):
-        face = base.vec2pix(points @ _rotation(angles).T)
-        inside += [face == f for f in FACES]
-    return np.stack(inside, axis=1)
-
-
-def _rotation(angles: np.ndarray) -> np.ndarray:
-    """Matrix (3, 3) that moves a direction as rotate_alm moves the sky."""
-    psi, theta, phi = angles
-    return _about_z(phi) @ _about_y(theta) @ _about_z(psi)
-
-
-def _about_z(angle: float) -> np.ndarray:
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-
-
-def _about_y(angle: float) -> np.ndarray:
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
-
-
-def _face_centres() -> np.ndarray:
-    return ducc0.healpix.Healpix_Base(1, "NEST").pix2vec(np.array(FACES))
-
-
-def _unrotated(vectors: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    return vectors @ _rotation(angles)

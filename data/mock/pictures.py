@@ -10,12 +10,11 @@ import pyarrow.parquet as pq
 from common.figures import BLUE, ORANGE, figure
 from data.mock.cosmology import FIDUCIAL
 from data.mock.theory import COSMO_NAMES
-from data.schema import N_BINS, nside_of
+from data.schema import N_BINS
 
 
-def draw_suite(shard: Path, lmax: int, cosmologies: np.ndarray, path: Path) -> None:
+def draw_suite(shard: Path, nside: int, cosmologies: np.ndarray, path: Path) -> None:
     """The first tile of a shard, bin by bin, beside the suite's cosmologies (n_sims, 7) in (Omega_m, S8)."""
-    nside = nside_of(lmax)
     column = next(pq.ParquetFile(shard, pre_buffer=False).iter_batches(1, columns=["kappa"])).column(0)
     kappa = column.flatten().flatten().flatten().to_numpy().reshape(N_BINS, nside, nside)
     limit = 3 * float(kappa.std())

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from common.artifacts import tiles_folder
 from common.config import MockConfig
@@ -25,13 +23,14 @@ from common.errors import UserError
 from common.progress import Progress
 from data.mock.cosmology import design, params_of
 from data.mock.fields import band_of, noise_alm, signal_alm
-from data.mock.geometry import ORIENTATIONS, tiles_of_alm
+from data.mock.flat import flat_tiles
+from data.mock.geometry import tiles_of_alm
 from data.mock.pictures import draw_suite
 from data.mock.theory import theory_cl
 from data.schema import FACES, SIMS_PER_SHARD, TILES_PER_SIM, nside_of
-from data.shards import open_shard
+from data.shards import METADATA_KEY, ORIENTATIONS_KEY, description_of, open_shard
+from data.sky import ORIENTATIONS
 
-METADATA_KEY = "mock_suite"
 FRESH_SEED_OFFSET = 1_000_000_007  # far from any seed that one would type
 
 
@@ -44,6 +43,7 @@ class Simulation:
     field: str
     noise_level: str
     lmax: int
+    nside: int
     geometry: str
     seed: int
 
@@ -51,10 +51,12 @@ class Simulation:
 def simulate(simulation: Simulation) -> np.ndarray:
     """The twelve tiles of one simulation, float32 (12, 4, N, N); depends on its argument alone."""
     signal_seed, noise_seed = np.random.SeedSequence([simulation.seed, simulation.sim_id]).spawn(2)
-    lmax = simulation.lmax
-    alm = signal_alm(simulation.cosmo, simulation.field, lmax, np.random.default_rng(signal_seed))  # (4, n_alm)
-    alm += noise_alm(simulation.noise_level, lmax, np.random.default_rng(noise_seed))
-    return tiles_of_alm(alm, lmax, nside_of(lmax), simulation.geometry)
+    signal_rng, noise_rng = np.random.default_rng(signal_seed), np.random.default_rng(noise_seed)
+    cosmo, noise_level, lmax, nside = (getattr(simulation, k) for k in ("cosmo", "noise_level", "lmax", "nside"))
+    if simulation.geometry == "flat":
+        return flat_tiles(cosmo, noise_level, lmax, nside, TILES_PER_SIM, signal_rng, noise_rng)
+    alm = signal_alm(cosmo, simulation.field, lmax, signal_rng) + noise_alm(noise_level, lmax, noise_rng)  # (4, n_alm)
+    return tiles_of_alm(alm, lmax, nside, simulation.geometry)
 
 
 def tile_keys(sim_id: int) -> np.ndarray:
@@ -79,7 +81,7 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
     start = time.monotonic()
     folder = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level, fresh=config.fresh)
     seed = config.seed + FRESH_SEED_OFFSET * config.fresh
-    sim_ids, cosmologies = design(config.n_sims, seed, None if config.fresh else config.fiducial_sim_id)
+    sim_ids, cosmologies = design(config.n_sims, seed, None if config.fresh else config.fiducial_sim_id, config.vary)
     params = params_of(cosmologies)  # (n_sims, 8)
     theory_cl(cosmologies[:1], band_of(config.lmax, config.field))  # refuses an lmax beyond the table
     description = _description(config)
@@ -91,9 +93,10 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
     finished = _finished_shards(folder, description, config.restart)
     missing = [k for k in range(len(starts)) if _shard_path(folder, k) not in finished]
 
+    nside = nside_of(config.lmax, config.nside)
     jobs = [
         Simulation(
-            int(sim_ids[i]), cosmologies[i], config.field, config.noise_level, config.lmax, config.geometry, seed
+            int(sim_ids[i]), cosmologies[i], config.field, config.noise_level, config.lmax, nside, config.geometry, seed
         )
         for k in missing
         for i in range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
@@ -103,19 +106,19 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
         simulated = _in_order(pool, simulate, jobs, ahead=2 * n_workers)
         for k in missing:
             shard_sims = range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
-            with open_shard(_shard_path(folder, k), nside_of(config.lmax), {METADATA_KEY: description}) as shard:
+            with open_shard(_shard_path(folder, k), nside, {METADATA_KEY: description}) as shard:
                 for i in shard_sims:
                     keys = tile_keys(int(sim_ids[i]))
                     shard.write(next(simulated), keys, np.tile(params[i], (TILES_PER_SIM, 1)), config.noise_level)
                     progress.advance()
             on_checkpoint()
-    draw_suite(_shard_path(folder, 0), config.lmax, cosmologies, folder / "suite.png")
+    draw_suite(_shard_path(folder, 0), nside, cosmologies, folder / "suite.png")
     on_checkpoint()
     return {
         "folder": str(folder),
         "n_sims": config.n_sims,
         "n_tiles": config.n_sims * TILES_PER_SIM,
-        "nside": nside_of(config.lmax),
+        "nside": nside,
         "elapsed_s": round(time.monotonic() - start, 1),
     }
 
@@ -128,9 +131,20 @@ def _description(config: MockConfig) -> str:
     """What determines the tiles, stored in every shard."""
     content: dict[str, Any] = {
         name: getattr(config, name)
-        for name in ("lmax", "noise_level", "n_sims", "geometry", "field", "seed", "fresh", "fiducial_sim_id")
+        for name in (
+            "lmax",
+            "nside",
+            "noise_level",
+            "n_sims",
+            "geometry",
+            "field",
+            "vary",
+            "seed",
+            "fresh",
+            "fiducial_sim_id",
+        )
     }
-    return json.dumps({**content, "orientations_zyz_deg": ORIENTATIONS[config.geometry]}, sort_keys=True)
+    return json.dumps({**content, ORIENTATIONS_KEY: ORIENTATIONS.get(config.geometry)}, sort_keys=True)
 
 
 def _finished_shards(folder: Path, description: str, restart: bool) -> set[Path]:
@@ -154,13 +168,9 @@ def _finished_shards(folder: Path, description: str, restart: bool) -> set[Path]
 
 
 def _description_of(path: Path) -> str:
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (pa.ArrowException, OSError):
-        metadata = {}
-    if METADATA_KEY.encode() not in metadata:
+    if (description := description_of(path)) is None:
         raise UserError(f"{path} was not made by this command; give another folder as --tiles-dir")
-    return metadata[METADATA_KEY.encode()].decode()
+    return description
 
 
 def _difference(found: str, wanted: str) -> str:

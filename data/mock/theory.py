@@ -63,34 +63,41 @@ def _load_table() -> dict[str, np.ndarray]:
 
 
 def theory_cl(cosmo: np.ndarray, lmax: int) -> np.ndarray:
+    """Spectra at every integer ell up to lmax, as theory_cl_at gives them: (n, 10, lmax + 1); zero at ell = 0 and 1."""
+    cl = np.zeros((len(np.atleast_2d(cosmo)), len(BIN_PAIRS), lmax + 1))
+    cl[..., 2:] = theory_cl_at(cosmo, np.arange(2, lmax + 1))
+    return cl
+
+
+def theory_cl_at(cosmo: np.ndarray, ell: np.ndarray) -> np.ndarray:
     """Non-linear convergence spectra C_ell^{ij} (Limber, halofit; Takahashi et al. 2012).
 
     Args:
         cosmo: (n, 7) parameters in the order of COSMO_NAMES.
-        lmax: largest multipole wanted.
+        ell: (n_ell,) multipoles >= 2, not necessarily integers.
 
     Returns:
-        (n, 10, lmax + 1), dimensionless; ell = 0 and 1 are zero. Pairs as in BIN_PAIRS.
+        (n, 10, n_ell), dimensionless. Pairs as in BIN_PAIRS.
 
     Raises:
-        UserError: a cosmology outside the table's box, or lmax beyond the table.
+        UserError: a cosmology outside the table's box, or an ell beyond the table.
     """
     table = _load_table()
-    if lmax > table["ell"][-1]:
+    if ell.max(initial=0) > table["ell"][-1]:
         raise UserError(
-            f"the theory table ends at ell = {table['ell'][-1]:.0f}, {lmax} was asked for; use a smaller --lmax"
+            f"the theory table ends at ell = {table['ell'][-1]:.0f}, {ell.max():.0f} was asked for; "
+            "use a smaller --lmax"
         )
     x = table_features(np.atleast_2d(cosmo), table["lower"], table["upper"])
     if (outside := np.abs(x).max(axis=1) > 1.0 + 1e-9).any():
         n = int(np.argmax(outside))
         raise UserError(f"cosmology {n} ({np.atleast_2d(cosmo)[n]}) lies outside the box of {TABLE_PATH.name}")
     scores = chebyshev_basis(x, table["exponents"].astype(int)) @ table["coefficients"]  # (n, n_pc)
-    ln_cl = scores @ table["components"] + table["mean"]  # (n, 10 * n_ell)
-    ln_cl = ln_cl.reshape(len(x), len(BIN_PAIRS), -1)  # (n, 10, n_ell)
-    ell = np.arange(2, lmax + 1)
-    cl = np.zeros((len(x), len(BIN_PAIRS), lmax + 1))
-    cl[..., 2:] = np.exp(CubicSpline(np.log(table["ell"]), ln_cl, axis=-1)(np.log(ell)))
-    return cl
+    # A spline is linear in what it interpolates: the few components are interpolated, not every cosmology.
+    curves = np.vstack([table["components"], table["mean"]])  # (n_pc + 1, 10 * n_table)
+    curves = curves.reshape(len(curves), len(BIN_PAIRS), -1)  # (n_pc + 1, 10, n_table)
+    curves = CubicSpline(np.log(table["ell"]), curves, axis=-1)(np.log(ell))  # (n_pc + 1, 10, n_ell)
+    return np.exp(np.tensordot(scores, curves[:-1], axes=1) + curves[-1])  # (n, 10, n_ell)
 
 
 def cl_matrix(cl: np.ndarray) -> np.ndarray:

@@ -1,0 +1,138 @@
+"""The exact posterior of (Omega_m, S8) from flat Gaussian tiles, on a grid or by importance sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import logsumexp
+from scipy.stats import qmc
+
+from common.progress import Progress
+from data.mock.cosmology import (
+    FIDUCIAL,
+    OMEGA_M_RANGE,
+    S8_EDGES,
+    prior_density,
+    prior_quantile,
+)
+from data.mock.flat import modes_of
+from data.mock.theory import BIN_PAIRS, COSMO_NAMES, cl_matrix, theory_cl_at
+from data.schema import noise_cl
+
+N_GRID = (240, 320)  # cells in Omega_m and S8 over the prior's range: a fifth of a typical sigma
+CHUNK = 512  # cosmologies at a time
+NEGLIGIBLE = 1e-9  # of the largest weight
+
+
+@dataclass(frozen=True)
+class WeightedPoints:
+    """Cosmologies (n, 7) whose weights (n,) make them stand for the prior; `cell`, the area of a grid's cells, or 0."""
+
+    cosmo: np.ndarray
+    weight: np.ndarray
+    cell: float
+
+
+@dataclass(frozen=True)
+class ExactPosterior:
+    """Moments of exact posteriors of (Omega_m, S8) for n tiles, in physical units.
+
+    Attributes:
+        mu, cov: (n, 2), (n, 2, 2).
+        kl_gaussian: (n,) KL(exact || Gaussian of the same moments) [nats]; exact on a grid, else to leading order.
+        n_effective: (n,) effective number of points that carry the posterior.
+    """
+
+    mu: np.ndarray
+    cov: np.ndarray
+    kl_gaussian: np.ndarray
+    n_effective: np.ndarray
+
+    @property
+    def fom(self) -> np.ndarray:
+        """1 / sqrt(det Cov), (n,)."""
+        return 1 / np.sqrt(np.linalg.det(self.cov))
+
+
+def grid_over_prior() -> WeightedPoints:
+    """Cell centres of a regular grid in (Omega_m, S8), all else at the fiducial."""
+    edges = [np.linspace(*OMEGA_M_RANGE, N_GRID[0] + 1), np.linspace(S8_EDGES[0], S8_EDGES[-1], N_GRID[1] + 1)]
+    omega_m, s8 = np.meshgrid(*[(e[1:] + e[:-1]) / 2 for e in edges], indexing="ij")
+    cosmo = np.tile([FIDUCIAL[name] for name in COSMO_NAMES], (omega_m.size, 1))  # (n, 7)
+    cosmo[:, 0], cosmo[:, 1] = omega_m.ravel(), s8.ravel()
+    cell = float(np.prod([e[1] - e[0] for e in edges]))
+    return WeightedPoints(cosmo, prior_density(cosmo[:, :2]) * cell, cell)
+
+
+def draws_from_prior(n_log2: int, seed: int) -> WeightedPoints:
+    """2^n_log2 cosmologies of the suite's prior in all seven parameters, from a scrambled Sobol sequence."""
+    u = qmc.Sobol(len(COSMO_NAMES), rng=np.random.default_rng(seed)).random_base2(n_log2)
+    return WeightedPoints(prior_quantile(u), np.full(len(u), 1 / len(u)), 0.0)
+
+
+def log_likelihood(cosmo: np.ndarray, powers: np.ndarray, noise_level: str, lmax: int, nside: int) -> np.ndarray:
+    """ln p(tile | cosmology) up to a constant of the data, for all pairs of both.
+
+    With m modes at an ell, D = C_ell + N_ell and P the mean of a a^dagger over them (`powers_of`), the complex
+    normal modes give -m (ln det D + tr(D^-1 P)).
+
+    Args:
+        cosmo: (n_cosmo, 7)
+        powers: (n_tiles, 10, n_ell)
+
+    Returns:
+        (n_cosmo, n_tiles)
+    """
+    modes = modes_of(lmax, nside)
+    noise = np.diag(noise_cl(noise_level))
+    twice_off_diagonal = np.array([1.0 if i == j else 2.0 for i, j in BIN_PAIRS])
+    data = powers.reshape(len(powers), -1).T  # (10 * n_ell, n_tiles)
+    out = np.empty((len(cosmo), len(powers)))
+    with Progress("likelihood", len(cosmo), "cosmologies") as progress:
+        for start in range(0, len(cosmo), CHUNK):
+            cl = theory_cl_at(cosmo[start : start + CHUNK], modes.ell)  # (n, 10, n_ell)
+            covariance = np.stack([cl_matrix(c) for c in cl]) + noise  # (n, n_ell, 4, 4)
+            inverse = np.linalg.inv(covariance)
+            weight = np.stack([inverse[..., i, j] for i, j in BIN_PAIRS], axis=1)  # (n, 10, n_ell)
+            weight *= twice_off_diagonal[:, None] * modes.count
+            log_det = np.linalg.slogdet(covariance)[1] @ modes.count  # (n,)
+            out[start : start + CHUNK] = -(weight.reshape(len(cl), -1) @ data) - log_det[:, None]
+            progress.advance(len(cl))
+    return out
+
+
+def exact_posterior(points: WeightedPoints, log_like: np.ndarray) -> ExactPosterior:
+    """Moments of the posterior under weighted points of the prior and log_like (n_points, n_tiles)."""
+    theta = points.cosmo[:, :2]  # (n_points, 2)
+    with np.errstate(divide="ignore"):  # cells outside the prior weigh nothing
+        log_p = log_like + np.log(points.weight)[:, None]
+    log_p -= logsumexp(log_p, axis=0)  # (n_points, n_tiles)
+    p = np.exp(log_p)
+    mu = p.T @ theta  # (n_tiles, 2)
+    second = p.T @ (theta[:, :, None] * theta[:, None, :]).reshape(-1, 4)  # (n_tiles, 4)
+    cov = second.reshape(-1, 2, 2) - mu[:, :, None] * mu[:, None, :]  # (n_tiles, 2, 2)
+    if points.cell:
+        # E_p[ln p] from the cells; E_p[ln g] = -ln(2 pi) - ln det(Cov) / 2 - 1 for the Gaussian of p's own moments.
+        minus_entropy = np.einsum("pn,pn->n", p, np.where(p > 0, log_p, 0)) - np.log(points.cell)
+        kl = minus_entropy + np.log(2 * np.pi) + np.log(np.linalg.det(cov)) / 2 + 1
+    else:
+        kl = np.array([_edgeworth_negentropy(theta, p[:, n], mu[n], cov[n]) for n in range(len(mu))])
+    return ExactPosterior(mu, cov, kl, 1 / np.square(p).sum(axis=0))
+
+
+def _edgeworth_negentropy(theta: np.ndarray, p: np.ndarray, mu: np.ndarray, cov: np.ndarray) -> float:
+    """KL(p || Gaussian of its moments) to leading order in the cumulants of theta (n_points, 2), weights p (n_points,).
+
+    sum_ijk k_ijk^2 / 12 + sum_ijkl k_ijkl^2 / 48 for whitened theta (Comon 1994, Signal Processing 36, 287, in
+    one dimension).
+    """
+    heavy = p > NEGLIGIBLE * p.max()
+    y = (theta[heavy] - mu) @ np.linalg.inv(np.linalg.cholesky(cov)).T  # (n_heavy, 2), white
+    third = np.einsum("n,ni,nj,nk->ijk", p[heavy], y, y, y, optimize=True)
+    fourth = np.einsum("n,ni,nj,nk,nl->ijkl", p[heavy], y, y, y, y, optimize=True)
+    one = np.eye(2)
+    gaussian = sum(
+        np.einsum(f"{pair},{rest}->ijkl", one, one) for pair, rest in (("ij", "kl"), ("ik", "jl"), ("il", "jk"))
+    )
+    return float(np.square(third).sum() / 12 + np.square(fourth - gaussian).sum() / 48)
