@@ -25,22 +25,29 @@ def main() -> None:
 def report(result: dict[str, Any]) -> None:
     """What the user waited for."""
     fiducial, folder = result["fiducial"], result["folder"]
-    calibration = result["calibration"]
+    calibration, medians = result["calibration"], result["ensemble"]["fom_fiducial_medians"]
     caveat = " (optimistic: it stopped the training)" if calibration["optimistic"] else ""
     moved = result["augmentation_shift_in_sigma"]["all"]["rms"]
     print(
         f"FoM(Omega_m, S8), lmax {result['lmax']}, {result['noise_level']}, median of "
         f"{len(result['fom_fiducial_all'])} tiles of the fiducial simulation {fiducial['sim_id']}\n"
         f"fiducial  {result['fom_fiducial_median']:.0f}  tile-to-tile scatter {result['fom_fiducial_std']:.0f}, "
-        f"median within {fiducial['fom_median_lo_16']:.0f} ... {fiducial['fom_median_hi_84']:.0f} (68 %)\n"
+        f"median within {fiducial['fom_median_lo_16']:.0f} ... {fiducial['fom_median_hi_84']:.0f} (68 %, "
+        f"{fiducial['n_patches']} patches of sky)\n"
         f"test      {result['fom_test_median']:.0f}  median within {result['fom_test_lo_16']:.0f} ... "
         f"{result['fom_test_hi_84']:.0f} (68 %), cosmologies of the test split\n"
         f"posterior {calibration['verdict']}, s = {calibration['s']:.2f} +- {calibration['s_err']:.2f} "
         f"on {calibration['n_tiles']} tiles of {calibration['tiles']}{caveat}\n"
+        f"members   {result['ensemble']['n_members']} of other initial weights: FoM "
+        f"{min(medians):.0f} ... {max(medians):.0f}, mixture "
+        f"{result['ensemble']['mixture']['fom_fiducial_median']:.0f}, "
+        f"worst divergence {result['ensemble']['worst_divergence_nats']:.3f} nats\n"
         f"augmentation moves a summary by {moved[0]:.2f} and {moved[1]:.2f} sigma (rms) in Omega_m and S8\n"
         f"pictures  {folder}/fom.png\n"
         f"          {folder}/calibration.png\n"
         f"          {folder}/loss_curves.png\n"
+        f"          {folder}/tiles.png\n"
+        f"report    {folder}/report.html\n"
         f"all       {folder}/fom_result.json"
     )
 

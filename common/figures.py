@@ -47,19 +47,21 @@ def draw_loss_curves(
     *,
     train: tuple[str, str],
     validation: tuple[str, str],
+    best_epoch: int,
     log: bool,
 ) -> None:
-    """Training and validation loss per epoch from metrics.jsonl, with the best epoch marked.
+    """Training and validation loss per epoch from metrics.jsonl, with the epoch of the kept weights marked.
 
     Args:
         metrics_file, path: what is read, what is written.
         title, loss_name: of the picture and its vertical axis.
         train, validation: (name in metrics.jsonl, label in the legend).
+        best_epoch: whose weights were kept.
         log: whether the vertical axis is logarithmic; it then has ticks at 1, 2, 5 times a power of ten.
     """
     metrics = read_metrics(metrics_file)
     epoch, train_loss, loss = metrics["epoch"], metrics[train[0]], metrics[validation[0]]
-    best = int(np.argmin(loss))
+    best = int(np.flatnonzero(epoch == best_epoch)[0])
     with figure(path, 6.0, 3.8) as drawn:
         axes = drawn.subplots()
         axes.plot(epoch, train_loss, color=GREY, label=train[1])

@@ -13,23 +13,19 @@ N_BOOTSTRAP = 2000
 N_AUGMENTATIONS = 8  # draws per tile
 
 
-def bootstrap_median(values: np.ndarray, sim_id: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Medians of N_BOOTSTRAP resamples, drawn by simulation because the tiles of one share their cosmology.
+def bootstrap_median(values: np.ndarray, group: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Medians of N_BOOTSTRAP resamples, drawn by group because the tiles of one are not independent.
 
     Args:
-        values, sim_id: (n,).
+        values: (n,).
+        group: (n,), sim_id for tiles whose cosmologies differ, the patch of sky for those of one simulation.
 
     Returns:
         (N_BOOTSTRAP,)
     """
-    groups = [values[sim_id == sim] for sim in np.unique(sim_id)]
+    groups = [values[group == one] for one in np.unique(group)]
     picks = rng.integers(len(groups), size=(N_BOOTSTRAP, len(groups)))
     return np.array([np.median(np.concatenate([groups[g] for g in pick])) for pick in picks])
-
-
-def bootstrap_median_over_tiles(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Medians of N_BOOTSTRAP resamples of single tiles, for tiles that all have the same cosmology."""
-    return np.median(values[rng.integers(len(values), size=(N_BOOTSTRAP, len(values)))], axis=1)
 
 
 def augmentation_shift(

@@ -94,11 +94,16 @@ def predict_fom(npe: GaussianNPE, summary: torch.Tensor, norm_stats: NormStats) 
 
 
 def save_npe(
-    path: Path, npe: GaussianNPE, config: NPEConfig, compressor_checkpoint: str, epoch: int, test_nll: float
+    path: Path,
+    weights: list[dict[str, torch.Tensor]],
+    config: NPEConfig,
+    compressor_checkpoint: str,
+    epoch: int,
+    test_nll: float,
 ) -> None:
-    """Write npe_best.ckpt."""
+    """Write npe_best.ckpt: the weights of every member, and when the first was at its best."""
     content = {
-        "model": npe.state_dict(),
+        "members": weights,
         "config": asdict(config),
         "compressor_checkpoint": compressor_checkpoint,
         "epoch": epoch,
@@ -107,16 +112,17 @@ def save_npe(
     save_checkpoint(path, KIND, content)
 
 
-def load_npe(path: Path, device: torch.device) -> GaussianNPE:
-    """Read npe_best.ckpt, in evaluation mode.
+def load_npe(path: Path, device: torch.device) -> list[GaussianNPE]:
+    """Read npe_best.ckpt: the members in evaluation mode; the Figure of Merit is that of the first.
 
     Raises:
         UserError: not an NPE checkpoint.
     """
-    content = load_checkpoint(path, KIND, ("model", "config"))
-    npe = GaussianNPE().to(device)
+    content = load_checkpoint(path, KIND, ("members", "config"))
+    members = [GaussianNPE().to(device).eval() for _ in content["members"]]
     try:
-        npe.load_state_dict(content["model"])
-    except RuntimeError:
+        for npe, weights in zip(members, content["members"], strict=True):
+            npe.load_state_dict(weights)
+    except (RuntimeError, TypeError):
         raise UserError(f"{path} does not fit this version's network; run stage 2 again") from None
-    return npe.eval()
+    return members

@@ -1,4 +1,4 @@
-"""Pictures of stage 2: the fiducial posteriors and their Figures of Merit; the calibration."""
+"""Pictures of stage 2: the fiducial posteriors and their Figures of Merit; the calibration; tiles as maps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from matplotlib.patches import Ellipse
 from scipy.stats import chi2
 
 from common.figures import BLUE, GREY, ORANGE, figure
+from data.module import TileDataModule
+from data.schema import N_BINS, THETA_NAMES
 from npe.calibration import LEVELS, Calibration
 from npe.model import Posterior
 
@@ -81,3 +83,28 @@ def draw_calibration(calibration: Calibration, tiles_name: str, path: Path) -> N
         right.set(xlabel="squared Mahalanobis distance of the truth", ylabel="density", xlim=(0, 12))
         right.set_title(f"{len(calibration.d2)} tiles of {calibration.n_sims} simulations ({tiles_name})", fontsize=9)
         right.legend(loc="upper right")
+
+
+def draw_tiles(data: TileDataModule, path: Path) -> None:
+    """A fiducial tile and the test tiles of lowest and highest S8, bin by bin; one colour scale for each bin."""
+    test, theta = data.test_ds.rows.numpy(), data.tiles.theta
+    s8 = theta[test, THETA_NAMES.index("S8")]
+    rows = {
+        "fiducial": int(data.fiducial_ds.rows[0]),
+        "lowest S8": int(test[s8.argmin()]),
+        "highest S8": int(test[s8.argmax()]),
+    }
+    std = np.array(data.norm_stats.tile_std)  # (4,); the tiles are normalised
+    with figure(path, 11.0, 8.2) as drawn:
+        grid = drawn.subplots(len(rows), N_BINS)
+        for line, (name, row) in zip(grid, rows.items(), strict=True):
+            values = ", ".join(f"{n} {v:.3f}" for n, v in zip(THETA_NAMES, theta[row], strict=True))
+            for k, axes in enumerate(line):
+                kappa = data.tiles.kappa[row, k] * std[k] + data.norm_stats.tile_mean[k]  # (N, N)
+                shown = axes.imshow(
+                    kappa, origin="lower", cmap="RdBu_r", vmin=-3 * std[k], vmax=3 * std[k], interpolation="none"
+                )
+                axes.set(xticks=[], yticks=[], title=f"bin {k + 1}" if line is grid[0] else "")
+                if line is grid[-1]:
+                    drawn.colorbar(shown, ax=grid[:, k], location="bottom", shrink=0.9, pad=0.02, label=r"$\kappa$")
+            line[0].set_ylabel(f"{name}\n{values}", fontsize=9)

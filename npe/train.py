@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +21,6 @@ from common.artifacts import (
 )
 from common.config import NPEConfig
 from common.device import describe_device, pick_device, seeded_generator, versions
-from common.early_stopping import EarlyStopping
 from common.errors import UserError
 from common.figures import draw_loss_curves
 from common.progress import Progress, append_metrics
@@ -34,9 +32,11 @@ from data.shards import Tiles, read_tiles
 from data.split import MANIFEST_NAME, read_manifest
 from npe.calibration import calibrate
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all, compressed_batches
-from npe.fom import augmentation_shift, bootstrap_median, bootstrap_median_over_tiles
+from npe.ensemble import Member, ensemble_to_json, make_members
+from npe.fom import augmentation_shift, bootstrap_median
 from npe.model import CHECKPOINT_NAME, GaussianNPE, Posterior, load_npe, predict_posterior, save_npe
-from npe.pictures import draw_calibration, draw_fom
+from npe.pictures import draw_calibration, draw_fom, draw_tiles
+from npe.report import write_report
 
 RESULT_NAME, METRICS_NAME = "fom_result.json", "metrics.jsonl"
 
@@ -71,10 +71,10 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
     augment = seeded_generator(config.seed, "npe augment")
     compressed = CompressedTileDataModule(data, trained.model, augment)
     compressor_checkpoint = f"{compressor_run.resolve().name}/{Path(config.ckpt).name}"
-    stopper = EarlyStopping(config.patience)
-    epochs = fit(compressed, config, stopper, folder, compressor_checkpoint, on_checkpoint, device)
+    members, epochs = fit(compressed, config, folder, compressor_checkpoint, on_checkpoint, device)
 
-    npe = load_npe(folder / CHECKPOINT_NAME, device)
+    first = members[0].stopper
+    npe, *others = load_npe(folder / CHECKPOINT_NAME, device)
     fiducial = _posterior_of(npe, compressed.fiducial_ds, data, config.batch_size)
     test = _posterior_of(npe, compressed.val_ds, data, config.batch_size)
     rng, calibration_rng = (np.random.default_rng([config.seed, purpose]) for purpose in (1, 2))
@@ -87,7 +87,8 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
         posterior = _posterior_of(npe, fresh_ds, data, config.batch_size)
         calibration = calibrate(posterior, fresh.theta, fresh.keys[:, 0], calibration_rng)
     test_median = bootstrap_median(test.fom, data.manifest.splits["test"][:, 0], rng)
-    fiducial_median = bootstrap_median_over_tiles(fiducial.fom, rng)
+    assert data.audit.fiducial is not None  # _read_tiles refuses a data set without fiducial tiles
+    fiducial_median = bootstrap_median(fiducial.fom, np.array(data.audit.fiducial.patch_of_tile), rng)
     result = {
         "lmax": trained.config.lmax,
         "noise_level": trained.config.noise_level,
@@ -106,17 +107,21 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
             "cov": fiducial.cov.tolist(),
             "fom_min": float(fiducial.fom.min()),
             "fom_max": float(fiducial.fom.max()),
+            "n_patches": data.audit.fiducial.n_patches,
             "fom_median_lo_16": float(np.percentile(fiducial_median, 16)),
             "fom_median_hi_84": float(np.percentile(fiducial_median, 84)),
         },
         "npe": {
             "epochs": epochs,
-            "best_epoch": stopper.best_epoch,
-            "best_test_nll": stopper.best_loss,
-            "stopped": "early stopping" if stopper.should_stop() else "max_epochs",
+            "best_epoch": first.best_epoch,
+            "best_test_nll": first.best_loss,
+            "stopped": "early stopping" if first.should_stop() else "max_epochs",
             "n_train_tiles": len(compressed.train_ds),
             "n_test_tiles": len(compressed.val_ds),
         },
+        "ensemble": ensemble_to_json(
+            [fiducial] + [_posterior_of(other, compressed.fiducial_ds, data, config.batch_size) for other in others]
+        ),
         "calibration": {
             "tiles": calibration_name,
             "optimistic": fresh is None,
@@ -129,6 +134,7 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
             config.batch_size,
             seeded_generator(config.seed, "npe augmentation shift"),
         ),
+        "audit": data.audit.to_json(),
         "compressor": {"val_mse": trained.val_mse, "epoch": trained.epoch, "config": asdict(trained.config)},
         "manifest_sha256": data.manifest.sha256,
         "folder": str(folder),
@@ -147,8 +153,11 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
         "negative log-likelihood of normalised theta",
         train=("train_nll", "training (augmented)"),
         validation=("test_nll", "test split (early stopping)"),
+        best_epoch=first.best_epoch,
         log=False,
     )
+    draw_tiles(data, folder / "tiles.png")
+    write_report(result, folder, compressor_run)
     write_json(folder / RESULT_NAME, result)
     on_checkpoint()
     return result
@@ -157,49 +166,63 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
 def fit(
     compressed: CompressedTileDataModule,
     config: NPEConfig,
-    stopper: EarlyStopping,
     folder: Path,
     compressor_checkpoint: str,
     on_checkpoint: Callable[[], None],
     device: torch.device,
-) -> int:
-    """The training loop; writes npe_best.ckpt and metrics.jsonl. Returns the number of epochs that were run."""
-    torch.manual_seed(config.seed)
-    npe = GaussianNPE().to(device)
-    optimizer = torch.optim.AdamW(npe.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+) -> tuple[list[Member], int]:
+    """The training loop; writes npe_best.ckpt and metrics.jsonl (the first member's losses).
+
+    AdamW treats every weight by itself, so members that share an optimiser and the sum of their losses learn
+    exactly what each would learn alone. The loop ends when the last of them has stopped.
+
+    Returns:
+        the members, and the number of epochs that were run.
+    """
+    members = make_members(config.n_members, config.seed, config.patience, device)
+    parameters = [p for member in members for p in member.npe.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     shuffle = seeded_generator(config.seed, "npe shuffle")
     val_summary, val_theta = compress_all(compressed.val_ds, config.batch_size)  # never augmented: once is enough
     epoch = 0
     with Progress("training the NPE", config.max_epochs, "epochs") as progress:
         for epoch in range(config.max_epochs):
             epoch_start = time.monotonic()
-            npe.train()
             losses = []
             for summary, theta in compressed_batches(compressed.train_ds, config.batch_size, shuffle):
-                loss = npe.nll(summary, theta).mean()
+                nll = torch.stack([member.npe.nll(summary, theta).mean() for member in members])  # (n_members,)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                nll.sum().backward()
                 optimizer.step()
-                losses.append(loss.detach())
+                losses.append(nll.detach())
 
-            npe.eval()
             with torch.no_grad():
-                test_nll = float(npe.nll(val_summary, val_theta).mean())
-            train_nll = float(torch.stack(losses).mean())
-            if not math.isfinite(train_nll + test_nll):
+                test_nll = torch.stack([member.npe.nll(val_summary, val_theta).mean() for member in members]).cpu()
+            train_nll = torch.stack(losses).mean(dim=0).cpu()  # (n_batches, n_members) -> (n_members,)
+            if not (train_nll + test_nll).isfinite().all():
                 raise UserError(f"the NPE loss is not finite in epoch {epoch}; try a lower --learning-rate")
-            if stopper.update(test_nll, epoch):
-                save_npe(folder / CHECKPOINT_NAME, npe, config, compressor_checkpoint, epoch, test_nll)
+            better = [member.judge(loss, epoch) for member, loss in zip(members, test_nll.tolist(), strict=True)]
+            if any(better):
+                best = members[0].stopper
+                weights = [member.best for member in members]
+                save_npe(
+                    folder / CHECKPOINT_NAME, weights, config, compressor_checkpoint, best.best_epoch, best.best_loss
+                )
                 on_checkpoint()
             seconds = round(time.monotonic() - epoch_start, 3)
             append_metrics(
                 folder / METRICS_NAME,
-                {"epoch": epoch, "train_nll": train_nll, "test_nll": test_nll, "seconds": seconds},
+                {
+                    "epoch": epoch,
+                    "train_nll": float(train_nll[0]),
+                    "test_nll": float(test_nll[0]),
+                    "seconds": seconds,
+                },
             )
-            progress.advance(1, f"test_nll {test_nll:.4f}, best {stopper.best_loss:.4f}")
-            if stopper.should_stop():
+            progress.advance(1, f"test_nll {test_nll[0]:.4f}, best {members[0].stopper.best_loss:.4f}")
+            if all(member.stopper.should_stop() for member in members):
                 break
-    return epoch + 1
+    return members, epoch + 1
 
 
 def _posterior_of(npe: GaussianNPE, dataset: CompressedTileDataset, data: TileDataModule, batch_size: int) -> Posterior:
@@ -215,7 +238,7 @@ def _read_calibration_tiles(config: NPEConfig, data: TileDataModule) -> Tiles | 
     """
     if not config.calibration_tiles:
         return None
-    tiles = read_tiles(Path(config.calibration_tiles), data.lmax, data.noise_level)
+    tiles = read_tiles(Path(config.calibration_tiles), data.lmax, data.noise_level, data.nside)
     seen = set(map(tuple, data.tiles.params.tolist()))
     if any(tuple(row) in seen for row in tiles.params.tolist()):
         raise UserError(
@@ -272,6 +295,7 @@ def _read_tiles(
         manifest.lmax,
         manifest.noise_level,
         manifest.fiducial_sim_id,
+        nside=trained.config.nside,
         split_seed=manifest.seed,
         split_by=manifest.split_by,
         device=device,

@@ -107,7 +107,7 @@ def test_the_results_can_be_had_again_from_the_files(finished: Path) -> None:
     assert metrics[result["best_epoch"]]["val_mse"] == min(m["val_mse"] for m in metrics)  # best, not last, is kept
 
     summary, _ = by_hand(manifest.splits["fiducial"])
-    npe = load_npe(npe_run(finished) / "npe_best.ckpt", CPU)
+    npe = load_npe(npe_run(finished) / "npe_best.ckpt", CPU)[0]
     posterior = predict_posterior(npe, summary, stats)
     np.testing.assert_allclose(posterior.fom, fom["fom_fiducial_all"], rtol=1e-3)
     assert fom["fom_fiducial_median"] == np.median(fom["fom_fiducial_all"])

@@ -1,0 +1,86 @@
+"""Several NPEs that learn from the same batches: how far their posteriors differ, and their mixture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.device import seeded_generator
+from common.early_stopping import EarlyStopping
+from npe.model import GaussianNPE, Posterior
+
+
+@dataclass
+class Member:
+    """One NPE with its own initial weights and early stopping; `best` are its weights of the lowest loss."""
+
+    npe: GaussianNPE
+    stopper: EarlyStopping
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def judge(self, loss: float, epoch: int) -> bool:
+        """Take a validation loss, keep the weights if it is the best; once the member has stopped nothing changes."""
+        if self.stopper.should_stop() or not self.stopper.update(loss, epoch):
+            return False
+        self.best = {name: tensor.detach().clone() for name, tensor in self.npe.state_dict().items()}
+        return True
+
+
+def make_members(n_members: int, seed: int, patience: int, device: torch.device) -> list[Member]:
+    """Members with initial weights of their own; the first is the same whatever their number."""
+    members = []
+    for k in range(n_members):
+        torch.manual_seed(seeded_generator(seed, f"npe member {k}").initial_seed())
+        members.append(Member(GaussianNPE().to(device), EarlyStopping(patience)))
+    return members
+
+
+def mixture(posteriors: list[Posterior]) -> Posterior:
+    """The Gaussian with the moments of the equal-weight mixture, tile by tile.
+
+    mu = <mu_k>, Cov = <Cov_k + mu_k mu_k^T> - mu mu^T: what the members disagree about widens it.
+    """
+    mu = np.stack([p.mu for p in posteriors])  # (K, n, 2)
+    mean = mu.mean(axis=0)  # (n, 2)
+    spread = mu - mean  # (K, n, 2)
+    cov = np.stack([p.cov for p in posteriors]).mean(axis=0) + np.einsum("kni,knj->nij", spread, spread) / len(mu)
+    return Posterior(mean, cov, 1 / np.sqrt(np.linalg.det(cov)))
+
+
+def gaussian_kl(p: Posterior, q: Posterior) -> np.ndarray:
+    """KL(p || q) per tile in nats, (n,), of Gaussian posteriors.
+
+    For any other density with the moments of p, KL(density || q) = KL(density || p) + KL(p || q), since ln q is
+    quadratic in theta.
+    """
+    precision = np.linalg.inv(q.cov)
+    shift = q.mu - p.mu  # (n, 2)
+    trace = np.einsum("nij,nji->n", precision, p.cov)
+    distance = np.einsum("ni,nij,nj->n", shift, precision, shift)
+    return 0.5 * (trace + distance - shift.shape[1]) + np.log(p.fom / q.fom)
+
+
+def worst_divergence(posteriors: list[Posterior]) -> float:
+    """Largest KL between two members, in nats, mean over tiles; 0 for one member."""
+    return max((float(gaussian_kl(p, q).mean()) for p in posteriors for q in posteriors if p is not q), default=0.0)
+
+
+def ensemble_to_json(posteriors: list[Posterior]) -> dict[str, Any]:
+    """What fom_result.json holds, from the members' posteriors of the fiducial tiles."""
+    medians = [float(np.median(p.fom)) for p in posteriors]
+    mixed = mixture(posteriors)
+    return {
+        "n_members": len(posteriors),
+        "fom_fiducial_medians": medians,
+        "fom_fiducial_medians_std": float(np.std(medians, ddof=1)) if len(medians) > 1 else None,
+        "mixture": {
+            "fom_fiducial_median": float(np.median(mixed.fom)),
+            "fom_fiducial_all": mixed.fom.tolist(),
+            "mu": mixed.mu.tolist(),
+            "cov": mixed.cov.tolist(),
+        },
+        "worst_divergence_nats": worst_divergence(posteriors),
+    }
