@@ -1,0 +1,214 @@
+"""How much of the information do the two stages reach? Flat Gaussian tiles, whose posterior is known exactly.
+
+python benchmarks/exact_posterior.py                          only Omega_m and S8 vary, the default recipe of a laptop
+python benchmarks/exact_posterior.py --recipe best            the recipe that came out best here
+python benchmarks/exact_posterior.py --vary all               all seven parameters vary
+
+Makes a suite of 791 simulations, runs both stages on it through their commands, draws tiles that neither has seen, and
+compares the learnt posteriors with the exact ones. It says nothing about non-Gaussian fields, seams, masks or leakage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+from common.artifacts import compressor_folder, npe_folder, write_json
+from common.config import Vary
+from common.device import describe_device, versions
+from common.figures import BLUE, GREY, ORANGE, figure
+from compress.model import load_compressor
+from compress.train import predict
+from data.mock.cosmology import FIDUCIAL, held_fixed, prior_quantile
+from data.mock.exact import (
+    ExactPosterior,
+    WeightedPoints,
+    draws_from_prior,
+    exact_posterior,
+    grid_over_prior,
+    log_likelihood,
+)
+from data.mock.flat import flat_tiles, powers_of
+from data.mock.theory import COSMO_NAMES
+from data.module import whole_dataset
+from data.norm_stats import read_norm_stats
+from data.schema import PARAM_NAMES, THETA_NAMES
+from data.shards import Tiles, empty_kappa
+from npe.calibration import calibrate
+from npe.ensemble import gaussian_kl
+from npe.model import Posterior, load_npe, predict_posterior
+
+LMAX, NSIDE, NOISE_LEVEL, N_SIMS = 200, 64, "des_y3", 791
+N_PRIOR, N_FIDUCIAL = 600, 300  # tiles; every prior-drawn one has a cosmology of its own
+SEED = 20250722  # of these tiles, far from the suite's
+N_DRAWS_LOG2 = 17  # importance draws where all parameters vary
+CPU = torch.device("cpu")
+# Options of stage 1. "default" is the recipe of the README and of `make demo`.
+RECIPES = {
+    "default": "--backbone tiny --max-epochs 40 --warmup-steps 200 --decay-epochs 2 --decay-factor 0.8",
+}
+
+
+def train(results: Path, vary: Vary, recipe: str, seed: int) -> tuple[Path, Path]:
+    """Suite, stage 1 and stage 2 through their commands; the folders of both runs."""
+    tag = f"{recipe}_{seed}"
+    tiles = f"--lmax {LMAX} --nside {NSIDE} --noise-level {NOISE_LEVEL}"
+    compressor_run, npe_run = compressor_folder(results, tag), npe_folder(results, tag)
+    for command in (
+        f"run_mock.py {tiles} --geometry flat --field gaussian --vary {vary} --n-sims {N_SIMS} --results-dir {results}",
+        f"run_compressor.py {tiles} {RECIPES[recipe]} --results-dir {results} --tag {tag} --seed {seed} --restart",
+        f"run_npe.py --ckpt {compressor_run / 'best.ckpt'} --seed {seed} --restart",
+    ):
+        print(f"$ python {command}", flush=True)
+        script, *options = shlex.split(command)
+        subprocess.run([sys.executable, str(ROOT / script), *options], check=True)
+    return compressor_run, npe_run
+
+
+def unseen_tiles(vary: Vary) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles that no training saw, prior-drawn and then fiducial ones: cosmologies (n, 7), kappa (n, 4, N, N)."""
+    fiducial = np.array([FIDUCIAL[name] for name in COSMO_NAMES])
+    cosmo = prior_quantile(np.random.default_rng(SEED).random((N_PRIOR, len(COSMO_NAMES))))
+    cosmo = np.concatenate([held_fixed(cosmo, vary), np.tile(fiducial, (N_FIDUCIAL, 1))])
+    kappa = empty_kappa(len(cosmo), NSIDE)
+    for i, one in enumerate(cosmo):
+        signal_rng, noise_rng = (np.random.default_rng([SEED, i, kind]) for kind in (1, 2))
+        kappa[i] = flat_tiles(one, NOISE_LEVEL, LMAX, NSIDE, 1, signal_rng, noise_rng)[0]
+    return cosmo, kappa
+
+
+def learnt_posterior(compressor_run: Path, npe_run: Path, kappa: np.ndarray) -> Posterior:
+    """What the trained networks say of tiles (n, 4, N, N), which are normalised in place."""
+    norm_stats = read_norm_stats(compressor_run)
+    params = np.ones((len(kappa), len(PARAM_NAMES)))  # not looked at
+    tiles = Tiles(kappa, np.zeros((len(kappa), 3), dtype=np.int64), params, LMAX, NOISE_LEVEL)
+    dataset = whole_dataset(tiles, norm_stats, CPU)
+    compressor = load_compressor(compressor_run / "best.ckpt", CPU, "float32").model
+    npe = load_npe(npe_run / "npe_best.ckpt", CPU)[0]
+    return predict_posterior(npe, predict(compressor, dataset, 256), norm_stats)
+
+
+def importance_error(points: WeightedPoints, log_like: np.ndarray) -> tuple[float, float]:
+    """Relative error of the exact FoM and the KL (nats) that importance sampling makes, from its two halves.
+
+    Half the rms difference of two halves estimates the error of the whole. Both are per tile.
+    """
+    halves = [
+        exact_posterior(WeightedPoints(points.cosmo[k::2], points.weight[k::2] * 2, 0.0), log_like[k::2])
+        for k in (0, 1)
+    ]
+    ln_fom = np.log(halves[0].fom / halves[1].fom)
+    kl = gaussian_kl(*(Posterior(h.mu, h.cov, h.fom) for h in halves))
+    return float(np.sqrt(np.square(ln_fom).mean()) / 2), float(kl.mean() / 4)
+
+
+def compare(exact: ExactPosterior, learnt: Posterior, theta: np.ndarray) -> dict[str, Any]:
+    """All figures; theta (n, 2) holds the truth, prior-drawn tiles first."""
+    best = Posterior(exact.mu, exact.cov, exact.fom)
+    prior, fiducial = slice(0, N_PRIOR), slice(N_PRIOR, None)
+    kl = (exact.kl_gaussian + gaussian_kl(best, learnt))[prior]
+    ratio = learnt.fom / exact.fom
+
+    def calibration(posterior: Posterior) -> dict[str, Any]:
+        one = Posterior(posterior.mu[prior], posterior.cov[prior], posterior.fom[prior])
+        found = calibrate(one, theta[prior], np.arange(N_PRIOR), np.random.default_rng(0))
+        return found.to_json(float(np.median(posterior.fom[fiducial])))
+
+    sigma = np.sqrt(np.diagonal(exact.cov[fiducial], axis1=1, axis2=2)).mean(axis=0)
+    return {
+        "n_prior_tiles": N_PRIOR,
+        "n_fiducial_tiles": len(ratio) - N_PRIOR,
+        "kl_mean": float(kl.mean()),
+        "kl_mean_err": float(kl.std() / np.sqrt(len(kl))),
+        "kl_median": float(np.median(kl)),
+        "kl_best_gaussian_mean": float(exact.kl_gaussian[prior].mean()),
+        "kl_best_gaussian_median": float(np.median(exact.kl_gaussian[prior])),
+        "fom_ratio_prior_median": float(np.median(ratio[prior])),
+        "fom_ratio_fiducial": float(np.median(learnt.fom[fiducial]) / np.median(exact.fom[fiducial])),
+        "fom_exact_fiducial": float(np.median(exact.fom[fiducial])),
+        "sigma_exact_fiducial": dict(zip(THETA_NAMES, sigma.tolist(), strict=True)),
+        "n_effective_min": float(exact.n_effective.min()),
+        "n_effective_median": float(np.median(exact.n_effective)),
+        "calibration": calibration(learnt),
+        "calibration_of_exact": calibration(best),
+    }
+
+
+def draw(result: dict[str, Any], exact: ExactPosterior, learnt: Posterior, path: Path) -> None:
+    """FoM against the exact one tile by tile, and the coverage of both."""
+    with figure(path, 9.6, 4.2) as drawn:
+        left, right = drawn.subplots(1, 2)
+        for part, colour, name in ((slice(N_PRIOR), BLUE, "prior-drawn"), (slice(N_PRIOR, None), ORANGE, "fiducial")):
+            left.loglog(exact.fom[part], learnt.fom[part], ".", ms=4, alpha=0.5, color=colour, label=name)
+        ends = [exact.fom.min(), exact.fom.max()]
+        left.plot(ends, ends, color=GREY, lw=1)
+        left.set(xlabel="exact FoM", ylabel="learnt FoM", title=f"median ratio {result['fom_ratio_prior_median']:.3f}")
+        left.legend()
+        for key, colour, name in (("calibration_of_exact", GREY, "exact"), ("calibration", BLUE, "learnt")):
+            found = result[key]
+            right.plot(found["levels"], found["coverage"], color=colour, label=f"{name}, s = {found['s']:.2f}")
+        right.fill_between(
+            found["levels"], found["coverage_lo_16"], found["coverage_hi_84"], color=BLUE, alpha=0.2, lw=0
+        )
+        right.set(xlabel="credibility", ylabel="share of tiles with the truth inside", title="Gaussian coverage")
+        right.legend()
+
+
+def main() -> None:
+    """Train, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vary", choices=["Omega_m,S8", "all"], default="Omega_m,S8")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="default")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--results-dir", type=Path, default=Path("build/exact"))
+    options = parser.parse_args()
+    results = options.results_dir / options.vary.replace(",", "_")
+    compressor_run, npe_run = train(results, options.vary, options.recipe, options.seed)
+
+    cosmo, kappa = unseen_tiles(options.vary)
+    points = grid_over_prior() if options.vary == "Omega_m,S8" else draws_from_prior(N_DRAWS_LOG2, SEED)
+    log_like = log_likelihood(points.cosmo, powers_of(kappa, LMAX), NOISE_LEVEL, LMAX, NSIDE)
+    exact = exact_posterior(points, log_like)
+    learnt = learnt_posterior(compressor_run, npe_run, kappa)
+    result = compare(exact, learnt, cosmo[:, :2])
+    if not points.cell:
+        result["fom_exact_relative_error"], result["kl_error"] = importance_error(points, log_like)
+    result |= {"vary": options.vary, "recipe": RECIPES[options.recipe], "seed": options.seed}
+    result |= {"device": describe_device(CPU), "versions": versions()}
+    name = f"exact_posterior_{options.recipe}_{options.seed}"
+    write_json(results / f"{name}.json", result)
+    draw(result, exact, learnt, results / f"{name}.png")
+
+    calibration = result["calibration"]
+    print(
+        f"\n{options.vary} vary, {options.recipe}: {RECIPES[options.recipe]}\n"
+        f"KL(exact || NPE)        mean {result['kl_mean']:.3f} +- {result['kl_mean_err']:.3f}, median "
+        f"{result['kl_median']:.3f} nats, {N_PRIOR} prior-drawn tiles\n"
+        f"  best Gaussian         mean {result['kl_best_gaussian_mean']:.3f}, median "
+        f"{result['kl_best_gaussian_median']:.3f}\n"
+        f"FoM / exact             {result['fom_ratio_prior_median']:.3f} prior-drawn, "
+        f"{result['fom_ratio_fiducial']:.3f} fiducial (exact {result['fom_exact_fiducial']:.0f})\n"
+        f"s                       {calibration['s']:.2f} +- {calibration['s_err']:.2f}, {calibration['verdict']} "
+        f"(exact posterior: {result['calibration_of_exact']['s']:.2f})\n"
+        f"effective points        at least {result['n_effective_min']:.0f}, median {result['n_effective_median']:.0f}"
+    )
+    if not points.cell:
+        print(
+            f"importance sampling     FoM good to {result['fom_exact_relative_error']:.1%}, KL to "
+            f"{result['kl_error']:.4f} nats per tile"
+        )
+    print(f"all                     {results / name}.json, .png")
+
+
+if __name__ == "__main__":
+    main()

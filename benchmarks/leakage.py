@@ -1,0 +1,179 @@
+"""What overlapping tiles and shared cosmologies do to the figures that a run claims: `python benchmarks/leakage.py`.
+
+{published, disjoint} geometry x {tile, sim} split, several seeds, the same skies in both geometries. What each run
+claims stands beside the same figure on simulations that it has never seen: 500 drawn from the prior, and 20 at the
+fiducial cosmology (240 tiles). Writes leakage_{backbone}.json and prints the table; a finished run is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+from common.artifacts import compressor_folder, npe_folder, tiles_folder, write_json
+from common.device import describe_device, pick_device, versions
+from common.progress import Progress
+from compress.model import load_compressor
+from compress.train import predict
+from data.mock.cosmology import FIDUCIAL, params_of
+from data.mock.suite import Simulation, simulate, tile_keys
+from data.mock.theory import COSMO_NAMES
+from data.module import TileDataset, whole_dataset
+from data.norm_stats import read_norm_stats
+from data.schema import TILES_PER_SIM, nside_of
+from data.shards import Tiles, empty_kappa, read_tiles
+from npe.calibration import calibrate
+from npe.fom import N_BOOTSTRAP, bootstrap_median
+from npe.model import load_npe, predict_posterior
+
+NOISE_LEVEL, N_SIMS, N_FRESH, N_FIDUCIAL_SIMS = "des_y3", 791, 500, 20
+FIRST_FIDUCIAL_ID = 1_000_000  # sim_ids, and so skies, that no suite has
+GEOMETRIES, SPLITS = ("published", "disjoint"), ("tile", "sim")
+CONFIGURATIONS = tuple((geometry, split) for geometry in GEOMETRIES for split in SPLITS)
+
+
+def run(command: str) -> None:
+    """One of our commands, its output shown."""
+    print(f"$ python {command}", flush=True)
+    script, *options = shlex.split(command)
+    subprocess.run([sys.executable, str(ROOT / script), *options], check=True)
+
+
+def fiducial_tiles(lmax: int) -> Tiles:
+    """Disjoint tiles of fresh skies at the fiducial cosmology."""
+    cosmo = np.array([FIDUCIAL[name] for name in COSMO_NAMES])
+    nside = nside_of(lmax)
+    kappa = empty_kappa(N_FIDUCIAL_SIMS * TILES_PER_SIM, nside)
+    ids = range(FIRST_FIDUCIAL_ID, FIRST_FIDUCIAL_ID + N_FIDUCIAL_SIMS)
+    with Progress("fiducial skies", N_FIDUCIAL_SIMS, "simulations") as progress:
+        for i, sim_id in enumerate(ids):
+            simulation = Simulation(sim_id, cosmo, "lognormal", NOISE_LEVEL, lmax, nside, "disjoint", 0)
+            kappa[i * TILES_PER_SIM : (i + 1) * TILES_PER_SIM] = simulate(simulation)
+            progress.advance()
+    params = np.repeat(params_of(cosmo[None]), len(kappa), axis=0)
+    return Tiles(kappa, np.concatenate([tile_keys(i) for i in ids]), params, lmax, NOISE_LEVEL)
+
+
+def mean_and_error(values: np.ndarray, sim_id: np.ndarray) -> tuple[float, float]:
+    """Mean of values (n,) and its error over simulations, whose tiles share their cosmology."""
+    sims, group = np.unique(sim_id, return_inverse=True)
+    sums = np.bincount(group, values) / np.bincount(group)
+    return float(values.mean()), float(sums.std(ddof=1) / np.sqrt(len(sims)))
+
+
+def judge(run_folder: Path, npe_run: Path, fresh: Tiles, fiducial: Tiles) -> dict[str, Any]:
+    """What a finished pair of runs claims, and the same on tiles that are new to it."""
+    device = pick_device("auto")
+    norm_stats = read_norm_stats(run_folder)
+    compressor = load_compressor(run_folder / "best.ckpt", device, "float32").model
+    npe = load_npe(npe_run / "npe_best.ckpt", device)[0]
+
+    def summaries(tiles: Tiles) -> tuple[torch.Tensor, TileDataset]:
+        physical = Tiles(tiles.kappa.copy(order="K"), tiles.keys, tiles.params, tiles.lmax, tiles.noise_level)
+        dataset = whole_dataset(physical, norm_stats, device)
+        return predict(compressor, dataset, 256), dataset
+
+    summary, dataset = summaries(fresh)
+    theta = dataset.theta
+    squared = (summary - theta).square().mean(dim=1).double().numpy()  # (n,)
+    with torch.no_grad():
+        nll = npe.nll(summary.to(device), theta.to(device)).cpu().double().numpy()  # (n,)
+    rng = np.random.default_rng(0)
+    found = calibrate(predict_posterior(npe, summary.to(device), norm_stats), fresh.theta, fresh.keys[:, 0], rng)
+    at_fiducial = predict_posterior(npe, summaries(fiducial)[0].to(device), norm_stats).fom
+    stage_1 = json.loads((run_folder / "result.json").read_text())
+    stage_2 = json.loads((npe_run / "fom_result.json").read_text())
+    return {
+        "claimed": {
+            "fom": stage_2["fom_fiducial_median"],
+            "val_mse": stage_1["val_mse"],
+            "nll": stage_2["npe"]["best_test_nll"],
+            "train_mse": stage_1["train_mse"],
+        },
+        "fresh": {
+            "fom": [
+                float(np.median(at_fiducial)),
+                float(bootstrap_median(at_fiducial, fiducial.keys[:, 0], rng).std()),
+            ],
+            "val_mse": mean_and_error(squared, fresh.keys[:, 0]),
+            "nll": mean_and_error(nll, fresh.keys[:, 0]),
+            "s": [found.s, found.s_err],
+        },
+    }
+
+
+def over_seeds(values: list[float]) -> str:
+    """Mean and its error over seeds, to three digits."""
+    digits = max(0, 2 - int(np.floor(np.log10(abs(np.mean(values))))))
+    error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{error}"
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """A row per configuration; the error behind each figure is that of the mean over seeds."""
+    lines = [
+        "| geometry, split | FoM claimed | fresh | val MSE claimed | fresh | NLL claimed | fresh | s fresh |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    columns: list[Callable[[dict[str, Any]], float]] = []
+    for name in ("fom", "val_mse", "nll"):
+        columns += [lambda r, n=name: r["claimed"][n], lambda r, n=name: r["fresh"][n][0]]  # type: ignore[misc]
+    columns.append(lambda r: r["fresh"]["s"][0])
+    for name, runs in found.items():
+        lines.append(f"| {name} | " + " | ".join(over_seeds([column(r) for r in runs]) for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, judge, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lmax", type=int, default=100)
+    parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
+    parser.add_argument("--recipe", default="--max-epochs 25 --warmup-steps 200 --decay-epochs 2 --decay-factor 0.75")
+    parser.add_argument("--results-dir", type=Path, default=Path("build/leakage"))
+    options = parser.parse_args()
+    lmax, results = options.lmax, options.results_dir
+    tiles = f"--lmax {lmax} --noise-level {NOISE_LEVEL}"
+    run(f"run_mock.py {tiles} --fresh --n-sims {N_FRESH} --results-dir {results}")
+    for geometry in GEOMETRIES:
+        run(f"run_mock.py {tiles} --geometry {geometry} --n-sims {N_SIMS} --results-dir {results / geometry}")
+    fresh = read_tiles(tiles_folder("", results, lmax, NOISE_LEVEL, fresh=True), lmax, NOISE_LEVEL)
+    fiducial = fiducial_tiles(lmax)
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(1, options.seeds + 1):
+        for geometry, split in CONFIGURATIONS:
+            if split not in options.splits:
+                continue
+            tag, home = f"{options.backbone}_lmax{lmax}_{split}_{seed}", results / geometry
+            run_folder, npe_run = compressor_folder(home, tag), npe_folder(home, tag)
+            if not (run_folder / "result.json").exists():
+                run(
+                    f"run_compressor.py {tiles} --backbone {options.backbone} {options.recipe} --split-by {split} "
+                    f"--seed {seed} --results-dir {home} --tag {tag}"
+                )
+            if not (npe_run / "fom_result.json").exists():
+                run(f"run_npe.py --ckpt {run_folder / 'best.ckpt'} --seed {seed}")
+            found.setdefault(f"{geometry}, {split}", []).append(judge(run_folder, npe_run, fresh, fiducial))
+        record = {"lmax": lmax, "backbone": options.backbone, "recipe": options.recipe, "runs": found}
+        record |= {"n_bootstrap": N_BOOTSTRAP, "device": describe_device(pick_device("auto")), "versions": versions()}
+        write_json(results / f"leakage_{options.backbone}.json", record)
+        print(f"\n{seed} of {options.seeds} seeds\n{table(found)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
