@@ -67,7 +67,8 @@ def test_every_promised_file_and_key_is_there(finished: Path) -> None:
         "loss_curves.png", "predicted_vs_true.png",
     }  # fmt: skip
     assert {p.name for p in npe_run(finished).iterdir()} == {
-        "npe_best.ckpt", "fom_result.json", "metrics.jsonl", "loss_curves.png", "fom.png", "calibration.png"
+        "npe_best.ckpt", "fom_result.json", "metrics.jsonl", "loss_curves.png", "fom.png", "calibration.png",
+        "tiles.png", "report.html",
     }  # fmt: skip
     fom = json.loads((npe_run(finished) / "fom_result.json").read_text())
     assert list(fom)[:9] == [

@@ -55,9 +55,9 @@ class ExactPosterior:
         return 1 / np.sqrt(np.linalg.det(self.cov))
 
 
-def grid_over_prior() -> WeightedPoints:
+def grid_over_prior(n_grid: tuple[int, int] = N_GRID) -> WeightedPoints:
     """Cell centres of a regular grid in (Omega_m, S8), all else at the fiducial."""
-    edges = [np.linspace(*OMEGA_M_RANGE, N_GRID[0] + 1), np.linspace(S8_EDGES[0], S8_EDGES[-1], N_GRID[1] + 1)]
+    edges = [np.linspace(*OMEGA_M_RANGE, n_grid[0] + 1), np.linspace(S8_EDGES[0], S8_EDGES[-1], n_grid[1] + 1)]
     omega_m, s8 = np.meshgrid(*[(e[1:] + e[:-1]) / 2 for e in edges], indexing="ij")
     cosmo = np.tile([FIDUCIAL[name] for name in COSMO_NAMES], (omega_m.size, 1))  # (n, 7)
     cosmo[:, 0], cosmo[:, 1] = omega_m.ravel(), s8.ravel()
