@@ -125,7 +125,7 @@ def _edgeworth_negentropy(theta: np.ndarray, p: np.ndarray, mu: np.ndarray, cov:
     """KL(p || Gaussian of its moments) to leading order in the cumulants of theta (n_points, 2), weights p (n_points,).
 
     sum_ijk k_ijk^2 / 12 + sum_ijkl k_ijkl^2 / 48 for whitened theta (Comon 1994, Signal Processing 36, 287, in
-    one dimension).
+    one dimension). Steps of the prior's density, which a broad posterior feels, are no cumulants: it misses them.
     """
     heavy = p > NEGLIGIBLE * p.max()
     y = (theta[heavy] - mu) @ np.linalg.inv(np.linalg.cholesky(cov)).T  # (n_heavy, 2), white
