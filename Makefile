@@ -1,9 +1,10 @@
 # `make demo`: from nothing to a Figure of Merit with pictures.   `make test`: ruff, mypy, pytest.
+# `make exact`, `make leakage`: the evidence in the README, again.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --results-dir results/demo
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow exact leakage lint clean
 
 demo: .venv/installed
 	$(BIN)/python run_mock.py $(DEMO) --lmax 200 --noise-level des_y3 --n-sims 300
@@ -16,6 +17,12 @@ test: .venv/installed-dev lint
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+exact: .venv/installed
+	$(BIN)/python benchmarks/exact_posterior.py
+
+leakage: .venv/installed
+	$(BIN)/python benchmarks/leakage.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -88,8 +88,8 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def read_json(path: Path, written_by: str = "stage 1") -> Any:
+    """Read JSON that `written_by` writes.
 
     Raises:
         UserError: the file is missing or is not JSON.
@@ -97,9 +97,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; it is written by stage 1 beside best.ckpt, keep them together") from None
+        raise UserError(f"{path} is missing; {written_by} writes it, keep the files of a run together") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); run stage 1 again") from None
+        raise UserError(f"{path} cannot be read as JSON ({error}); run {written_by} again") from None
 
 
 def sha256_of_json(content: Any) -> str:

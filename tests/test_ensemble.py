@@ -10,8 +10,11 @@ import torch
 from scipy.stats import multivariate_normal
 from test_npe import CPU, LinearGaussian, MeanCompressor, Splits
 
+from common.artifacts import write_json
 from common.config import NPEConfig
 from common.device import seeded_generator
+from common.errors import UserError
+from npe.combine import combine_runs
 from npe.compressed import CompressedTileDataModule
 from npe.ensemble import gaussian_kl, mixture, worst_divergence
 from npe.model import Posterior, load_npe
@@ -60,3 +63,37 @@ def test_mixture_and_divergence_agree_with_draws() -> None:
     np.testing.assert_allclose(mixed.cov[0], np.cov(both.T), rtol=0.01)
     assert mixed.fom[0] == pytest.approx(1 / np.sqrt(np.linalg.det(mixed.cov[0])))
     assert mixed.fom[0] < min(ONE.fom[0], OTHER.fom[0])  # disagreement costs information
+
+
+def test_combining_runs_recovers_their_scatter_and_refuses_strangers(tmp_path: Path) -> None:
+    def run(name: str, seed: int, scale: float, **changed: object) -> Path:
+        mu, cov = [[0.3, 0.8]] * 3, (np.array([ONE.cov[0]] * 3) / scale).tolist()
+        fom = (1 / np.sqrt(np.linalg.det(cov))).tolist()
+        result = {
+            "lmax": 200,
+            "noise_level": "des_y3",
+            "manifest_sha256": "abc",
+            "compressor_checkpoint": f"{name}/best.ckpt",
+        }
+        result |= {"config": {"seed": seed}, "fiducial": {"mu": mu, "cov": cov}, "fom_fiducial_all": fom, **changed}
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "fom_result.json", result)
+        return tmp_path / name
+
+    runs = [run(f"seed_{i}", i, scale) for i, scale in enumerate((0.9, 1.0, 1.1))]
+    combined = combine_runs(runs)
+    assert combined["fom_fiducial_mean"] == pytest.approx(ONE.fom[0])
+    assert combined["fom_fiducial_std"] == pytest.approx(0.1 * ONE.fom[0])
+    # Equal means: the mixture's covariance is the mean of theirs.
+    assert combined["ensemble"]["mixture"]["fom_fiducial_median"] == pytest.approx(
+        ONE.fom[0] / np.mean([1 / 0.9, 1, 1 / 1.1])
+    )
+    for stranger, said in (
+        (run("other_split", 7, 1.0, manifest_sha256="def"), "manifest_sha256"),
+        (run("other_lmax", 8, 1.0, lmax=400), "lmax"),
+        (run("twin", 1, 1.0, compressor_checkpoint="seed_1/best.ckpt"), "twice"),
+    ):
+        with pytest.raises(UserError, match=said):
+            combine_runs([*runs, stranger])
+    with pytest.raises(UserError, match="two or more"):
+        combine_runs(runs[:1])
