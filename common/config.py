@@ -145,6 +145,10 @@ class CompressorConfig(SplitOptions, WritingOptions):
     warmup_steps: int = option(500, "steps of linear warm-up to the peak learning rate")
     decay_factor: float = option(0.85, "the learning rate is multiplied by this ...")
     decay_epochs: int = option(20, "... every so many epochs")
+    ema_decay: float = option(
+        0.0,
+        "keep an exponential moving average of the weights with this decay per step, and validate and save it (0: off)",
+    )
     theta_noise: float = option(0.005, "standard deviation of Gaussian noise on the normalised theta while training")
     device: Device = option("auto", "auto takes cuda, then mps, then cpu")
     precision: Precision = option("auto", "autocast of the network; auto: bf16 on cuda, float32 elsewhere")
@@ -153,7 +157,9 @@ class CompressorConfig(SplitOptions, WritingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "max_epochs", "batch_size", "patience", "learning_rate", "decay_factor", "decay_epochs")
-        _not_negative(self, "weight_decay", "warmup_steps", "theta_noise")
+        _not_negative(self, "weight_decay", "warmup_steps", "theta_noise", "ema_decay")
+        if self.ema_decay >= 1:
+            raise UserError(f"--ema-decay is {self.ema_decay}; it must be below 1")
         _plain_name(self.tag)
 
     @property

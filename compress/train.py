@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common.artifacts import compressor_folder, make_empty_folder, refuse_finished_run, tiles_folder, write_json
 from common.config import CompressorConfig
@@ -130,7 +131,11 @@ def fit(
     folder: Path,
     on_checkpoint: Callable[[], None],
 ) -> int:
-    """The training loop; writes best.ckpt and metrics.jsonl. Returns the number of epochs that were run."""
+    """The training loop; writes best.ckpt and metrics.jsonl. Returns the number of epochs that were run.
+
+    With --ema-decay d, what is validated and saved is a moving average of weights and BatchNorm statistics:
+    average <- d average + (1 - d) weights after every step, from the first step's weights on.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     shuffle, augment, theta_noise = (
         seeded_generator(config.seed, f"compressor {purpose}") for purpose in ("shuffle", "augment", "theta noise")
@@ -145,6 +150,8 @@ def fit(
         decay_factor=config.decay_factor,
         decay_epochs=config.decay_epochs,
     )
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    judged = cast(FieldLevelCompressor, average.module) if config.ema_decay else model
     step, epoch = 0, 0
     with Progress("training the compressor", config.max_epochs * steps_per_epoch, "steps") as progress:
         for epoch in range(config.max_epochs):
@@ -158,14 +165,16 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                if config.ema_decay:
+                    average.update_parameters(model)
                 losses.append(loss.detach())
                 step += 1
                 progress.advance()
 
             train_loss = _finite_mean(losses, epoch, folder)
-            val_mse = mean_squared_error(model, data.npe_train_ds, config.batch_size)
+            val_mse = mean_squared_error(judged, data.npe_train_ds, config.batch_size)
             if stopper.update(val_mse, epoch):
-                save_compressor(folder / CHECKPOINT_NAME, model, config, data.manifest.sha256, epoch, val_mse)
+                save_compressor(folder / CHECKPOINT_NAME, judged, config, data.manifest.sha256, epoch, val_mse)
                 on_checkpoint()
             seconds = round(time.monotonic() - epoch_start, 3)
             append_metrics(

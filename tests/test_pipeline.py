@@ -289,3 +289,30 @@ def test_prediction_does_not_depend_on_the_batch(small_suite: Path) -> None:
     torch.manual_seed(0)
     model = FieldLevelCompressor("tiny")
     torch.testing.assert_close(predict(model, data.test_ds, 64), predict(model, data.test_ds, 7), rtol=1e-5, atol=1e-6)
+
+
+def test_averaged_weights_are_the_stated_recursion_and_leave_the_training_alone(
+    small_suite: Path, tmp_path: Path, run_command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_tiles(small_suite, tmp_path)
+    judged: list[dict[str, torch.Tensor]] = []
+
+    def remember(model: FieldLevelCompressor, *_: object) -> float:
+        judged.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return 1 / len(judged)  # ever better
+
+    monkeypatch.setattr("compress.train.mean_squared_error", remember)
+    for decay in (0, 0.7):  # one step an epoch
+        options = ["--max-epochs", 4, "--batch-size", 10_000, "--ema-decay", decay, "--tag", f"decay_{decay}"]
+        code, _, err = run_command("run_compressor.py", "--results-dir", tmp_path, *STAGE_1, *options)
+        assert code == 0, err
+    plain, averaged = judged[:4], judged[4:]
+    expected = plain[0]
+    for step, weights in enumerate(plain):
+        for name, tensor in weights.items():
+            if tensor.dtype.is_floating_point:
+                expected[name] = tensor if step == 0 else 0.7 * expected[name] + 0.3 * tensor
+                torch.testing.assert_close(averaged[step][name], expected[name], rtol=1e-5, atol=1e-7)
+    saved = load_compressor(tmp_path / "field_compressor_runs" / "decay_0.7" / "best.ckpt", CPU, "float32").model
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(tensor, averaged[-1][name]), name
