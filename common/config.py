@@ -24,7 +24,7 @@ Precision = Literal["auto", "float32", "bf16"]
 Backbone = Literal["efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "tiny"]
 SplitBy = Literal["tile", "sim"]
 Geometry = Literal["disjoint", "published", "flat"]
-CheckGeometry = Literal["auto", "published", "disjoint"]
+TileGeometry = Literal["auto", "published", "disjoint"]
 Field = Literal["lognormal", "gaussian"]
 Vary = Literal["all", "Omega_m,S8"]
 
@@ -114,11 +114,15 @@ class MockConfig(TileOptions, WritingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions(TileOptions):
-    """How tiles are dealt out; stage 2 has these from the manifest instead."""
+    """How tiles are dealt out and audited; stage 2 has these from stage 1."""
 
     split_by: SplitBy = option("tile", "what is dealt out to the splits: single tiles, or whole simulations")
     split_seed: int = option(42, "seed of the split; leave it, so that runs are comparable")
     fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "simulation held out of every split")
+    geometry: TileGeometry = option(
+        "auto",
+        "where the tiles lie, to find those that share sky; auto takes what the shards say, published ones nothing",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,8 +132,6 @@ class SplitOptions(TileOptions):
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(SplitOptions):
     """Check a folder of tiles before training: what the splits share, odd tiles, the fiducial's place in the prior."""
-
-    geometry: CheckGeometry = option("auto", "where the tiles lie: auto takes what the shards say")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,7 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         config.noise_level,
         config.fiducial_sim_id,
         nside=config.nside,
+        geometry=config.geometry,
         split_seed=config.split_seed,
         split_by=config.split_by,
         device=device,

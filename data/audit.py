@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.progress import Progress
 from data.schema import FACES, N_BINS, PARAM_NAMES
 from data.shards import Tiles, read_orientations, read_tiles
-from data.sky import ORIENTATIONS, Orientations, covered_patches, overlap_matrix
+from data.sky import Orientations, covered_patches, overlap_matrix
 from data.split import make_manifest, split_indices
 
 # Of a pixel's value plus its bin's rms: twice the rounding of float32, where two tiles of two skies differ by the rms.
@@ -123,7 +123,7 @@ class Audit:
         if self.covered_patches is None and self.n_twins:
             lines.append(
                 f"{self.n_twins} tiles are the same pixels as another, and the shards do not say where tiles lie: how "
-                "much sky they share is unknown; `run_check.py --geometry published` tells it for the published suite"
+                "much sky they share is unknown; if they are the published ones, add `--geometry published`"
             )
         if self.n_twins_across_sims:
             one, other = map(_tile, self.twins_across_sims)
@@ -423,7 +423,7 @@ def check_tiles(config: CheckConfig, on_checkpoint: Callable[[], None] = lambda:
     folder = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level)
     tiles = read_tiles(folder, config.lmax, config.noise_level, config.nside)
     manifest = make_manifest(tiles, config.split_seed, config.split_by, config.fiducial_sim_id)
-    orientations = read_orientations(folder) if config.geometry == "auto" else ORIENTATIONS[config.geometry]
+    orientations = read_orientations(folder, config.geometry)
     audit = audit_tiles(tiles, split_indices(manifest, tiles, folder), config.fiducial_sim_id, orientations)
     return {
         **audit.to_json(),

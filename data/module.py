@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.config import SplitBy
+from common.config import SplitBy, TileGeometry
 from data.audit import Audit, audit_tiles
 from data.augment import draw_symmetries, gather_augmented
 from data.norm_stats import NormStats, compute_norm_stats
@@ -102,6 +102,7 @@ class TileDataModule:
         fiducial_sim_id: int,
         *,
         nside: int = 0,
+        geometry: TileGeometry = "auto",
         split_seed: int,
         split_by: SplitBy,
         device: torch.device,
@@ -109,6 +110,7 @@ class TileDataModule:
         norm_stats: NormStats | None = None,
     ) -> None:
         self.tiles_dir, self.lmax, self.nside, self.noise_level = tiles_dir, lmax, nside, noise_level
+        self.geometry: TileGeometry = geometry
         self.fiducial_sim_id, self.split_seed, self.split_by = fiducial_sim_id, split_seed, split_by
         self.device = device
         self._given_manifest, self._given_norm_stats = manifest, norm_stats
@@ -124,7 +126,9 @@ class TileDataModule:
             self.tiles, self.split_seed, self.split_by, self.fiducial_sim_id
         )
         indices = split_indices(self.manifest, self.tiles, self.tiles_dir)
-        self.audit: Audit = audit_tiles(self.tiles, indices, self.fiducial_sim_id, read_orientations(self.tiles_dir))
+        self.audit: Audit = audit_tiles(
+            self.tiles, indices, self.fiducial_sim_id, read_orientations(self.tiles_dir, self.geometry)
+        )
         self.norm_stats = self._given_norm_stats or compute_norm_stats(self.tiles, indices["compressor_train"])
         everything = whole_dataset(self.tiles, self.norm_stats, self.device)
         self.compressor_train_ds, self.npe_train_ds, self.test_ds, self.fiducial_ds = (

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.artifacts import atomic_path
+from common.config import TileGeometry
 from common.errors import UserError
 from common.progress import Progress
 from data.schema import KEY_NAMES, N_BINS, PARAM_NAMES, THETA_COLUMNS, nside_of, s8_of
-from data.sky import Orientations
+from data.sky import ORIENTATIONS, Orientations
 
 S8_TOLERANCE = 1e-4  # relative; S8 is derived from two columns of the same table
 VALUES_PER_READ = 1 << 20  # pixels at a time: what pyarrow needs beside the array grows with it
@@ -162,8 +163,13 @@ def description_of(path: Path) -> str | None:
     return None if text is None else text.decode()
 
 
-def read_orientations(folder: Path) -> Orientations | None:
-    """Where the tiles of a folder lie, by its first shard: empty for tiles without a common sky, None if unsaid."""
+def read_orientations(folder: Path, geometry: TileGeometry = "auto") -> Orientations | None:
+    """Where the tiles of a folder lie: as the named geometry, or ("auto") its first shard says.
+
+    Empty for tiles without a common sky, None if it is not said.
+    """
+    if geometry != "auto":
+        return ORIENTATIONS[geometry]
     first = min(folder.glob("shard_*.parquet"), default=folder)
     description = json.loads(description_of(first) or "{}")
     if ORIENTATIONS_KEY not in description:

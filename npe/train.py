@@ -21,7 +21,7 @@ from common.artifacts import (
 )
 from common.config import NPEConfig
 from common.device import describe_device, pick_device, seeded_generator, versions
-from common.errors import UserError
+from common.errors import UserError, warn
 from common.figures import draw_loss_curves
 from common.progress import Progress, append_metrics
 from compress.model import TrainedCompressor, load_compressor
@@ -64,6 +64,8 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
     folder = npe_folder(results_dir, config.tag or trained.config.run_tag)
     refuse_finished_run(folder, RESULT_NAME, config.restart)
     data = _read_tiles(config, trained, compressor_run, results_dir, device)
+    for warning in data.audit.warnings():
+        warn(warning)
     fresh = _read_calibration_tiles(config, data)
     theta_std = np.array(data.norm_stats.theta_std)
     make_empty_folder(folder)
@@ -296,6 +298,7 @@ def _read_tiles(
         manifest.noise_level,
         manifest.fiducial_sim_id,
         nside=trained.config.nside,
+        geometry=trained.config.geometry,
         split_seed=manifest.seed,
         split_by=manifest.split_by,
         device=device,

@@ -255,3 +255,27 @@ def test_shards_that_do_not_say_where_they_lie(run_command: Callable, published_
     with open_shard(tmp_path / "shard_0000.parquet", 16, {METADATA_KEY: description}) as shard:
         shard.write(tiles.kappa[:400], tiles.keys[:400], tiles.params[:400], "noiseless")
     assert read_orientations(tmp_path) == ()
+
+
+def test_both_stages_are_told_where_published_tiles_lie(tmp_path: Path, run_command: Callable) -> None:
+    """Shards without a word on the geometry, as published: --geometry in stage 1 is enough for both results."""
+    build_suite(
+        MockConfig(results_dir=str(tmp_path), lmax=16, n_sims=60, noise_level="noiseless", geometry="published")
+    )
+    folder = tmp_path / "tiles" / "lmax_16_noiseless"
+    tiles = read_tiles(folder, 16, "noiseless")
+    for path in folder.glob("*.parquet"):
+        path.unlink()
+    write_tiles(folder, tiles, 600)
+    options = ["--lmax", 16, "--noise-level", "noiseless", "--backbone", "tiny", "--max-epochs", 1, "--tag", "t"]
+    code, _, err = run_command("run_compressor.py", "--results-dir", tmp_path, *options, "--geometry", "published")
+    assert code == 0, err
+    assert "most of their sky" in err  # the warning, from a training that was not asked to check anything
+    ckpt = tmp_path / "field_compressor_runs" / "t" / "best.ckpt"
+    code, out, err = run_command("run_npe.py", "--ckpt", ckpt, "--max-epochs", 1)
+    assert code == 0, err
+    assert "6 patches of sky" in out
+    audits = [
+        json.loads(p.read_text())["audit"] for p in (ckpt.with_name("result.json"), *tmp_path.rglob("fom_result.json"))
+    ]
+    assert audits[0] == audits[1]

@@ -34,7 +34,7 @@ def commands(prefix: str, text: str = README) -> list[list[str]]:
     """Commands of the ```sh blocks that start with a prefix, continuation lines joined."""
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(prefix)]
+    return [shlex.split(line, comments=True) for line in lines if line.strip().startswith(prefix)]
 
 
 def test_the_quick_start_runs_from_tiles_to_fom(tmp_path: Path) -> None:
