@@ -22,6 +22,7 @@ from data.schema import PARAM_NAMES
 from data.shards import METADATA_KEY, ORIENTATIONS_KEY, Tiles, open_shard, read_orientations, read_tiles
 from data.sky import ORIENTATIONS, covered_patches, overlap_matrix
 from data.split import deal_keys, make_manifest, split_indices
+from npe.fom import bootstrap_median
 
 FIDUCIAL = 109
 SMALL = ["--lmax", SMALL_LMAX, "--noise-level", "noiseless"]
@@ -257,7 +258,9 @@ def test_shards_that_do_not_say_where_they_lie(run_command: Callable, published_
     assert read_orientations(tmp_path) == ()
 
 
-def test_both_stages_are_told_where_published_tiles_lie(tmp_path: Path, run_command: Callable) -> None:
+def test_both_stages_are_told_where_published_tiles_lie(
+    tmp_path: Path, run_command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shards without a word on the geometry, as published: --geometry in stage 1 is enough for both results."""
     build_suite(
         MockConfig(results_dir=str(tmp_path), lmax=16, n_sims=60, noise_level="noiseless", geometry="published")
@@ -272,6 +275,13 @@ def test_both_stages_are_told_where_published_tiles_lie(tmp_path: Path, run_comm
     assert code == 0, err
     assert "most of their sky" in err  # the warning, from a training that was not asked to check anything
     ckpt = tmp_path / "field_compressor_runs" / "t" / "best.ckpt"
+    groups: list[list[int]] = []  # that medians are bootstrapped over: simulations of the test split, then patches
+
+    def remember(values: np.ndarray, group: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        groups.append(group.tolist())
+        return bootstrap_median(values, group, rng)
+
+    monkeypatch.setattr("npe.train.bootstrap_median", remember)
     code, out, err = run_command("run_npe.py", "--ckpt", ckpt, "--max-epochs", 1)
     assert code == 0, err
     assert "6 patches of sky" in out
@@ -279,3 +289,11 @@ def test_both_stages_are_told_where_published_tiles_lie(tmp_path: Path, run_comm
         json.loads(p.read_text())["audit"] for p in (ckpt.with_name("result.json"), *tmp_path.rglob("fom_result.json"))
     ]
     assert audits[0] == audits[1]
+    checked = check_tiles(
+        CheckConfig(results_dir=str(tmp_path), lmax=16, noise_level="noiseless", geometry="published")
+    )
+    assert audits[0] == json.loads(json.dumps({name: checked[name] for name in audits[0]}))
+    assert groups[1] == audits[0]["fiducial"]["patch_of_tile"]
+    tile_of = {tile: i for i, tile in enumerate(np.ndindex(3, 4))}
+    for patch in PATCHES:
+        assert len({groups[1][tile_of[tile]] for tile in patch}) == 1
