@@ -32,7 +32,7 @@ p, li { max-width: 72ch; }
 .grey { color: var(--grey); }
 .fom { display: flex; flex-wrap: wrap; gap: 4px 24px; align-items: baseline; margin: 16px 0 8px; }
 .fom b { font-size: 3.4rem; line-height: 1.1; color: var(--blue); font-weight: 600; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 20px 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0; }
 .card { border: 1px solid var(--line); border-left: 4px solid var(--blue); border-radius: 4px; padding: 10px 14px; }
 .card.look { border-left-color: var(--orange); }
 .card b { display: block; }
@@ -42,8 +42,9 @@ td, th { padding: 3px 18px 3px 0; text-align: left; border-bottom: 1px solid var
 td { overflow-wrap: anywhere; }
 figure { margin: 12px 0; }
 figure img { max-width: 100%; height: auto; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 12px; align-items: start; }
-details table { font-size: 0.82rem; }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 12px 28px; align-items: start; }
+figure.narrow { max-width: 640px; }
+.small { font-size: 0.85rem; }
 @media print {
   main { max-width: none; padding: 0; }
   body { font-size: 10.5pt; }
@@ -71,9 +72,7 @@ def write_report(result: dict[str, Any], folder: Path, compressor_run: Path) -> 
             ),
             _section("The tiles", _picture(folder / "tiles.png")),
             _section("The compressor", _compressor(result), *_compressor_pictures(compressor_run)),
-            _section(
-                "Training", _training(result), _two(compressor_run / "loss_curves.png", folder / "loss_curves.png")
-            ),
+            _section("Training", _training(result), _two(*_loss_curves(compressor_run, folder))),
             _section("Audit of the data", _audit(result["audit"])),
             _section(
                 "What the number leaves out", "<ul>" + "".join(f"<li>{escape(t)}</li>" for t in LEFT_OUT) + "</ul>"
@@ -138,10 +137,11 @@ def _fiducial(result: dict[str, Any]) -> str:
             zip(fiducial["mu"], fiducial["cov"], result["fom_fiducial_all"], strict=True)
         )
     ]
+    half = (len(rows) + 1) // 2
     return (
         f"<p>Truth: {truth}. At one fixed cosmology a posterior that marginalises over other parameters need not cover "
         "at its nominal rate: these tiles check for bias, not calibration.</p>"
-        + _table(("tile", *THETA_NAMES, "FoM"), rows)
+        + _two(*(_table(("tile", *THETA_NAMES, "FoM"), part) for part in (rows[:half], rows[half:]) if part))
     )
 
 
@@ -174,7 +174,7 @@ def _compressor(result: dict[str, Any]) -> str:
 
 def _compressor_pictures(compressor_run: Path) -> list[str]:
     path = compressor_run / "predicted_vs_true.png"
-    return [_picture(path)] if path.exists() else [f'<p class="grey">{escape(str(path))} is not there.</p>']
+    return [_picture(path, "narrow")] if path.exists() else [f'<p class="grey">{escape(str(path))} is not there.</p>']
 
 
 def _training(result: dict[str, Any]) -> str:
@@ -198,28 +198,30 @@ def _audit(audit: dict[str, Any]) -> str:
         for name, p in audit["partners"].items()
     ]
     covered = audit["covered_patches"]
-    outliers, outside = audit["n_variance_outliers"] or "no", (audit["fiducial"] or {}).get("outside")
+    outliers, outside = audit["n_variance_outliers"] or "no", audit["fiducial"]["outside"]
+    inside = f"outside it in {', '.join(outside)}" if outside else "inside it in every parameter"
     return (
         f"<p>{audit['n_tiles']} tiles of {audit['n_sims']} simulations; the sky that a simulation's tiles cover is "
         f"{'unknown' if covered is None else f'that of {covered:.1f} tiles'}. {outliers} tiles are far from the "
-        "variance of their simulation. The fiducial lies outside the range of the others in "
-        f"{', '.join(outside or ['nothing'])}.</p>"
+        f"variance of their simulation. The range of the cosmologies stands below; the fiducial lies {inside}.</p>"
         + _table(("split", "tiles", "with a twin in an earlier split", "with a twin or most of their sky"), rows)
         + _table(
-            ("parameter", "from", "to"),
-            [(name, f"{low:.4g}", f"{high:.4g}") for name, (low, high) in audit["ranges"].items()],
+            ("", *audit["ranges"]),
+            [(end, *(f"{r[k]:.4g}" for r in audit["ranges"].values())) for k, end in enumerate(("from", "to"))],
         )
     )
 
 
 def _configuration(result: dict[str, Any]) -> str:
     where = ("compressor_checkpoint", "manifest_sha256", "folder", "elapsed_s", "device", "precision")
-    parts = [
-        _table(("", ""), [(key, result[key]) for key in where] + list(result["versions"].items())),
-        "<h3>Stage 1</h3>" + _table(("option", "value"), result["compressor"]["config"].items()),
-        "<h3>Stage 2</h3>" + _table(("option", "value"), result["config"].items()),
-    ]
-    return "".join(parts)
+    of_run = _table(("", ""), [(key, result[key]) for key in where] + list(result["versions"].items()))
+    stage_1 = _table(("stage 1", ""), _options(result["compressor"]["config"]))
+    stage_2 = _table(("stage 2", ""), _options(result["config"]))
+    return f'<div class="small">{of_run}{_two(stage_1, stage_2)}</div>'
+
+
+def _options(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, "not given" if value in ("", None) else value) for name, value in config.items()]
 
 
 # ---------------------------------------------------------------- pieces
@@ -247,10 +249,14 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     return f"<table>{f'<tr>{header}</tr>' if header else ''}{body}</table>"
 
 
-def _picture(path: Path) -> str:
+def _loss_curves(*runs: Path) -> list[str]:
+    return [_picture(path) for run in runs if (path := run / "loss_curves.png").exists()]
+
+
+def _picture(path: Path, kind: str = "") -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(path.stem)}"></figure>'
+    return f'<figure class="{kind}"><img src="data:image/png;base64,{data}" alt="{escape(path.stem)}"></figure>'
 
 
-def _two(*paths: Path) -> str:
-    return f'<div class="two">{"".join(_picture(path) for path in paths if path.exists())}</div>'
+def _two(*parts: str) -> str:
+    return f'<div class="two">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
