@@ -185,6 +185,7 @@ class NPEConfig(WritingOptions):
     learning_rate: float = option(1e-3, "learning rate of AdamW")
     weight_decay: float = option(1e-5, "weight decay of AdamW")
     n_members: int = option(5, "NPEs with other initial weights on the same batches; the FoM is that of the first")
+    n_views: int = option(1, "average each summary over so many turned and rolled views of the tile")
     device: Device = option("auto", "auto takes cuda, then mps, then cpu")
     precision: Precision = option("auto", "autocast of the compressor; auto: bf16 on cuda, float32 elsewhere")
     calibration_tiles: str = option(
@@ -194,7 +195,7 @@ class NPEConfig(WritingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "max_epochs", "batch_size", "patience", "learning_rate", "n_members")
+        _positive(self, "max_epochs", "batch_size", "patience", "learning_rate", "n_members", "n_views")
         _not_negative(self, "weight_decay")
         _plain_name(self.tag)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
 import torch
 
 from compress.model import FieldLevelCompressor
+from data.augment import Symmetries, fixed_views, gather_augmented
 from data.module import TileDataModule, TileDataset, batch_positions
 
 
@@ -14,11 +16,11 @@ class CompressedTileDataset:
     """(compressed_summary (2,), theta (2,)) of each tile of a TileDataset, on its device.
 
     The tile is augmented before compression if the tile data set is, so every access gives a new
-    summary. `__getitems__` compresses a whole batch in one forward pass.
+    summary. `__getitems__` compresses a whole batch in one forward pass per view.
     """
 
-    def __init__(self, tiles: TileDataset, compressor: FieldLevelCompressor) -> None:
-        self.tiles = tiles
+    def __init__(self, tiles: TileDataset, compressor: FieldLevelCompressor, n_views: int = 1) -> None:
+        self.tiles, self.n_views = tiles, n_views
         self.compressor = compressor.eval().requires_grad_(False)
 
     def __len__(self) -> int:
@@ -27,7 +29,21 @@ class CompressedTileDataset:
     @torch.no_grad()
     def __getitems__(self, positions: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         kappa, theta = self.tiles.__getitems__(positions)  # (B, 4, N, N), (B, 2)
-        return self.compressor(kappa), theta  # (B, 2), (B, 2)
+        return self.compress(kappa), theta  # (B, 2), (B, 2)
+
+    @torch.no_grad()
+    def compress(self, kappa: torch.Tensor) -> torch.Tensor:
+        """Tiles (B, 4, N, N) to summaries (B, 2), the mean over the fixed views of each.
+
+        The network is only roughly blind to turns and rolls; what they do to a summary is noise that a mean
+        over views reduces.
+        """
+        summary = self.compressor(kappa)  # (B, 2), the first view
+        rows, views = torch.arange(len(kappa)), fixed_views(self.n_views, kappa.shape[-1])
+        for k in range(1, self.n_views):
+            one = Symmetries(*(getattr(views, f.name)[k].expand(len(rows)) for f in fields(Symmetries)))  # (B,) each
+            summary = summary + self.compressor(gather_augmented(kappa, rows, one))
+        return summary / self.n_views
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         summary, theta = self.__getitems__([position])
@@ -51,7 +67,9 @@ def compress_all(dataset: CompressedTileDataset, batch_size: int) -> tuple[torch
 class CompressedTileDataModule:
     """The splits of stage 2: train_ds (NPE split, augmented), val_ds (test split), fiducial_ds."""
 
-    def __init__(self, data: TileDataModule, compressor: FieldLevelCompressor, augment: torch.Generator) -> None:
-        self.train_ds = CompressedTileDataset(data.npe_train_ds.augmented(augment), compressor)
-        self.val_ds = CompressedTileDataset(data.test_ds, compressor)
-        self.fiducial_ds = CompressedTileDataset(data.fiducial_ds, compressor)
+    def __init__(
+        self, data: TileDataModule, compressor: FieldLevelCompressor, augment: torch.Generator, n_views: int = 1
+    ) -> None:
+        self.train_ds = CompressedTileDataset(data.npe_train_ds.augmented(augment), compressor, n_views)
+        self.val_ds = CompressedTileDataset(data.test_ds, compressor, n_views)
+        self.fiducial_ds = CompressedTileDataset(data.fiducial_ds, compressor, n_views)

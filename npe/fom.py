@@ -60,8 +60,7 @@ def augmentation_shift(
                 symmetries = draw_symmetries(
                     len(rows), tiles.store.shape[-1], generator, turns=kinds[0], rolls=kinds[1]
                 )
-                with torch.no_grad():
-                    moved = dataset.compressor(gather_augmented(tiles.store, rows, symmetries).to(tiles.device))
+                moved = dataset.compress(gather_augmented(tiles.store, rows, symmetries).to(tiles.device))
                 shifts.append((moved - original).cpu().double() / sigma[positions])
         shift = torch.cat(shifts)  # (n * N_AUGMENTATIONS, 2)
         result[name] = {"rms": shift.square().mean(dim=0).sqrt().tolist(), "mean": shift.mean(dim=0).tolist()}

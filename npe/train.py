@@ -71,7 +71,7 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
     make_empty_folder(folder)
 
     augment = seeded_generator(config.seed, "npe augment")
-    compressed = CompressedTileDataModule(data, trained.model, augment)
+    compressed = CompressedTileDataModule(data, trained.model, augment, config.n_views)
     compressor_checkpoint = f"{compressor_run.resolve().name}/{Path(config.ckpt).name}"
     members, epochs = fit(compressed, config, folder, compressor_checkpoint, on_checkpoint, device)
 
@@ -85,7 +85,7 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
         calibration = calibrate(test, data.tiles.theta[rows], data.tiles.keys[rows, 0], calibration_rng)
     else:
         calibration_name = config.calibration_tiles
-        fresh_ds = CompressedTileDataset(whole_dataset(fresh, data.norm_stats, device), trained.model)
+        fresh_ds = CompressedTileDataset(whole_dataset(fresh, data.norm_stats, device), trained.model, config.n_views)
         posterior = _posterior_of(npe, fresh_ds, data, config.batch_size)
         calibration = calibrate(posterior, fresh.theta, fresh.keys[:, 0], calibration_rng)
     test_median = bootstrap_median(test.fom, data.manifest.splits["test"][:, 0], rng)

@@ -13,6 +13,7 @@ from scipy.stats import multivariate_normal
 from common.config import NPEConfig
 from common.device import seeded_generator
 from compress.model import FieldLevelCompressor
+from data.augment import Symmetries, fixed_views, gather_augmented
 from data.module import TileDataset
 from data.norm_stats import NormStats
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all
@@ -21,6 +22,7 @@ from npe.model import GaussianNPE, Posterior, load_npe, predict_fom, predict_pos
 from npe.train import fit
 
 CPU = torch.device("cpu")
+FIELDS = list(Symmetries.__dataclass_fields__)
 NORM_STATS = NormStats((0.0,) * 4, (1.0,) * 4, (0.3, 0.8), (0.07, 0.11))
 
 
@@ -205,6 +207,47 @@ def test_augmentation_shift_is_zero_for_a_blind_compressor_and_measured_for_anot
         dataset = CompressedTileDataset(tile_ds, network)  # type: ignore[arg-type]
         shift = augmentation_shift(dataset, posterior, np.array(NORM_STATS.theta_std), 8, seeded_generator(0, "shift"))
         np.testing.assert_allclose(shift["rolls"]["rms"], expected, rtol=0.15, atol=1e-5)
+
+
+def test_views_are_the_symmetries_and_their_mean_averages_the_shift_away(tile_ds: TileDataset) -> None:
+    class Corner(torch.nn.Module):
+        """Looks at the pixel in the corner: on white tiles every view is an independent draw."""
+
+        def forward(self, kappa: torch.Tensor) -> torch.Tensor:
+            return kappa[:, :2, 0, 0]
+
+    class Blind(torch.nn.Module):
+        """Its summary is the same for every turn and roll."""
+
+        def forward(self, kappa: torch.Tensor) -> torch.Tensor:
+            return kappa[:, :2].square().mean(dim=(2, 3))
+
+    everything = list(range(16))
+    kappa, _ = tile_ds.__getitems__(everything)
+    views = fixed_views(8, 16)
+    seen = [
+        gather_augmented(kappa, torch.tensor([0]), Symmetries(*(getattr(views, f)[[k]] for f in FIELDS)))
+        for k in range(8)
+    ]
+    assert torch.equal(seen[0], kappa[:1])
+    turns = {tuple(int(getattr(views, f)[k]) for f in FIELDS[:3]) for k in range(8)}
+    assert len(turns) == 8
+    for network in Corner(), Blind():
+        compressed = CompressedTileDataset(tile_ds, network, 8)  # type: ignore[arg-type]
+        summary, _ = compressed.__getitems__(everything)
+        torch.testing.assert_close(summary[0], torch.cat([network(view) for view in seen]).mean(dim=0))
+    torch.testing.assert_close(summary, Blind()(kappa))
+
+    # A random turn and roll gives the corner views of the tile's pixels at random: the mean of n has 1 / n of their
+    # variance, about the mean of all of them.
+    pixels = tile_ds.store[4:20, :2].flatten(2)  # (16, 2, 256)
+    unit = Posterior(np.zeros((16, 2)), np.tile(np.diag(np.square(NORM_STATS.theta_std)), (16, 1, 1)), np.zeros(16))
+    for n_views in (1, 16):
+        dataset = CompressedTileDataset(tile_ds, Corner(), n_views)  # type: ignore[arg-type]
+        summary, _ = dataset.__getitems__(everything)
+        expected = pixels.var(dim=2, correction=0) / n_views + (summary - pixels.mean(dim=2)).square()  # (16, 2)
+        moved = augmentation_shift(dataset, unit, np.array(NORM_STATS.theta_std), 8, seeded_generator(0, "shift"))
+        np.testing.assert_allclose(moved["all"]["rms"], expected.mean(dim=0).sqrt().numpy(), rtol=0.12)
 
 
 def test_bootstrap_draws_simulations_not_tiles() -> None:
