@@ -11,8 +11,9 @@ import torch
 from common.config import SplitBy, TileGeometry
 from data.audit import Audit, audit_tiles
 from data.augment import draw_symmetries, gather_augmented
+from data.cache import read_tiles_through_cache
 from data.norm_stats import NormStats, compute_norm_stats
-from data.shards import Tiles, read_orientations, read_tiles
+from data.shards import Tiles, read_orientations
 from data.split import SPLIT_NAMES, SplitManifest, make_manifest, split_indices
 
 GPU_MEMORY_SHARE = 0.6  # of the free memory may go to the tiles; above it they stay in host memory
@@ -121,7 +122,7 @@ class TileDataModule:
         Raises:
             UserError: bad shards, too few tiles, or tiles that do not fit the manifest.
         """
-        self.tiles: Tiles = read_tiles(self.tiles_dir, self.lmax, self.noise_level, self.nside)
+        self.tiles: Tiles = read_tiles_through_cache(self.tiles_dir, self.lmax, self.noise_level, self.nside)
         self.manifest = self._given_manifest or make_manifest(
             self.tiles, self.split_seed, self.split_by, self.fiducial_sim_id
         )

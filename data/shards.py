@@ -112,6 +112,21 @@ def open_shard(path: Path, nside: int, metadata: dict[str, str]) -> Iterator[Sha
 # ---------------------------------------------------------------- reading
 
 
+def shard_paths(folder: Path, lmax: int, noise_level: str) -> list[Path]:
+    """The shards of a folder, in the order of their names.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = sorted(folder.glob("shard_*.parquet"))
+    if not paths:
+        raise UserError(
+            f"no shard_*.parquet in {folder}; make tiles with `python run_mock.py --lmax {lmax} "
+            f"--noise-level {noise_level}`, or give their folder as --tiles-dir"
+        )
+    return paths
+
+
 def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Tiles:
     """Read every shard of a folder into one array, in the canonical order.
 
@@ -126,12 +141,7 @@ def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Til
     Raises:
         UserError: anything about the shards that would make a result wrong, with file, row and cure.
     """
-    paths = sorted(folder.glob("shard_*.parquet"))
-    if not paths:
-        raise UserError(
-            f"no shard_*.parquet in {folder}; make tiles with `python run_mock.py --lmax {lmax} "
-            f"--noise-level {noise_level}`, or give their folder as --tiles-dir"
-        )
+    paths = shard_paths(folder, lmax, noise_level)
     nside = nside_of(lmax, nside)
     tables = [_read_labels(path, lmax, noise_level) for path in paths]
     keys = np.concatenate([table[0] for table in tables])  # (n, 3)

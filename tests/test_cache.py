@@ -1,0 +1,128 @@
+"""The cache gives what the shards give, and never anything else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_tiles, write_tiles
+
+import data.cache
+from common.errors import UserError
+from data.cache import FOLDER, LABELS, PIXELS, read_tiles_through_cache
+from data.shards import Tiles, read_tiles
+
+LMAX, NSIDE, LEVEL = 32, 16, "des_y3"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_tiles(tmp_path, make_tiles(10, NSIDE, LMAX), rows_per_shard=50)
+    return tmp_path
+
+
+def through_cache(folder: Path) -> Tiles:
+    return read_tiles_through_cache(folder, LMAX, LEVEL)
+
+
+def assert_same(one: Tiles, other: Tiles) -> None:
+    assert np.array_equal(one.kappa, other.kappa)
+    assert one.kappa.strides == other.kappa.strides
+    assert np.array_equal(one.keys, other.keys)
+    assert np.array_equal(one.params, other.params)
+    assert (one.lmax, one.noise_level) == (other.lmax, other.noise_level)
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError(f"{names} should not be needed")
+
+    for name in names:
+        monkeypatch.setattr(data.cache, name, fail)
+
+
+def test_the_second_start_reads_the_cache_alone_and_gives_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_shards = read_tiles(folder, LMAX, LEVEL)
+    assert_same(through_cache(folder), from_shards)
+    forbid(monkeypatch, "read_tiles", "_hashes")
+    tiles = through_cache(folder)
+    assert_same(tiles, from_shards)
+    tiles.kappa[:] = 0  # stage 1 normalises in place; the file must not notice
+    assert_same(through_cache(folder), from_shards)
+
+
+def test_a_changed_shard_is_noticed_even_with_its_size_and_time_set_back(folder: Path) -> None:
+    through_cache(folder)
+    shard = folder / "shard_0001.parquet"
+    stat = shard.stat()
+    other = make_tiles(10, NSIDE, LMAX, seed=1)
+    old = make_tiles(10, NSIDE, LMAX)
+    write_tiles(folder, Tiles(other.kappa, old.keys, old.params, LMAX, LEVEL), rows_per_shard=50)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert shard.stat().st_size == stat.st_size
+    assert np.array_equal(through_cache(folder).kappa, other.kappa)
+    assert np.array_equal(through_cache(folder).kappa, other.kappa)
+
+
+def test_shards_that_were_only_touched_or_copied_are_not_decoded_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = through_cache(folder)
+    for path in folder.glob("shard_*.parquet"):
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    with monkeypatch.context() as patched:
+        forbid(patched, "read_tiles")
+        assert_same(through_cache(folder), first)
+        forbid(patched, "read_tiles", "_hashes")
+        assert_same(through_cache(folder), first)  # and the new times are remembered
+
+
+def test_a_shard_more_or_less_is_noticed(folder: Path) -> None:
+    assert len(through_cache(folder).keys) == 120
+    (folder / "shard_0002.parquet").unlink()
+    assert len(through_cache(folder).keys) == 100
+    with pytest.raises(UserError, match="--lmax"):  # other options are asked of the shards, not of the cache
+        read_tiles_through_cache(folder, 64, LEVEL)
+    with pytest.raises(UserError, match="noise level"):
+        read_tiles_through_cache(folder, LMAX, "lsst_y10")
+
+
+@pytest.mark.parametrize("name", [PIXELS, LABELS])
+@pytest.mark.parametrize("damage", ["missing", "short", "garbage"])
+def test_a_damaged_cache_is_made_again(folder: Path, name: str, damage: str) -> None:
+    first = through_cache(folder)
+    path = folder / FOLDER / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "short":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "garbage":
+        path.write_bytes(b"no" * 40)
+    assert_same(through_cache(folder), first)
+    assert path.read_bytes() == content or name == LABELS
+
+
+def test_an_interrupted_writing_leaves_no_cache_and_a_full_disk_is_no_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = through_cache(folder)
+    shard = folder / "shard_0000.parquet"
+    write_tiles(folder, make_tiles(10, NSIDE, LMAX, seed=3), rows_per_shard=50)
+    with monkeypatch.context() as patched:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        patched.setattr(data.cache, "_write_labels", full)  # after the pixels are there
+        changed = through_cache(folder)
+    assert "No space left" in capsys.readouterr().err
+    assert not np.array_equal(changed.kappa, first.kappa)
+    assert not (folder / FOLDER / LABELS).exists()
+    assert_same(through_cache(folder), read_tiles(folder, LMAX, LEVEL))
+    assert shard.exists()
