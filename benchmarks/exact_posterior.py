@@ -5,8 +5,8 @@ python benchmarks/exact_posterior.py --recipe averaged        three times the ep
 python benchmarks/exact_posterior.py --vary all               all seven parameters vary
 python benchmarks/exact_posterior.py --n-sims 3160            four times the tiles
 
-Makes a suite, runs both stages on it through their commands, draws tiles that neither has seen, and
-compares the learnt posteriors with the exact ones. It says nothing about non-Gaussian fields, seams, masks or leakage.
+Makes a suite, runs both stages on it through their commands (a finished run is not repeated), draws tiles that neither
+has seen, and compares the learnt posteriors with the exact ones. It says nothing about non-Gaussian fields, seams, masks or leakage.
 """
 
 from __future__ import annotations
@@ -70,11 +70,14 @@ def train(results: Path, vary: Vary, n_sims: int, recipe: str, seed: int) -> tup
     tiles = f"--lmax {LMAX} --nside {NSIDE} --noise-level {NOISE_LEVEL}"
     compressor_run, npe_run = compressor_folder(results, tag), npe_folder(results, tag)
     stage_1, stage_2 = RECIPES[recipe]
-    for command in (
-        f"run_mock.py {tiles} --geometry flat --field gaussian --vary {vary} --n-sims {n_sims} --results-dir {results}",
-        f"run_compressor.py {tiles} {stage_1} --results-dir {results} --tag {tag} --seed {seed} --restart",
-        f"run_npe.py --ckpt {compressor_run / 'best.ckpt'} --seed {seed} --restart {stage_2}",
-    ):
+    commands = [
+        f"run_mock.py {tiles} --geometry flat --field gaussian --vary {vary} --n-sims {n_sims} --results-dir {results}"
+    ]
+    if not (compressor_run / "result.json").exists():
+        commands.append(f"run_compressor.py {tiles} {stage_1} --results-dir {results} --tag {tag} --seed {seed}")
+    if not (npe_run / "fom_result.json").exists():
+        commands.append(f"run_npe.py --ckpt {compressor_run / 'best.ckpt'} --seed {seed} {stage_2}")
+    for command in commands:
         print(f"$ python {command}", flush=True)
         script, *options = shlex.split(command)
         subprocess.run([sys.executable, str(ROOT / script), *options], check=True)
