@@ -6,7 +6,8 @@ python benchmarks/exact_posterior.py --vary all               all seven paramete
 python benchmarks/exact_posterior.py --n-sims 3160            four times the tiles
 
 Makes a suite, runs both stages on it through their commands (a finished run is not repeated), draws tiles that neither
-has seen, and compares the learnt posteriors with the exact ones. It says nothing about non-Gaussian fields, seams, masks or leakage.
+has seen, and compares the learnt posteriors with the exact ones. It says nothing about non-Gaussian fields, seams,
+masks or leakage.
 """
 
 from __future__ import annotations
@@ -112,11 +113,13 @@ def learnt_posterior(compressor_run: Path, npe_run: Path, kappa: np.ndarray) -> 
 def importance_error(points: WeightedPoints, log_like: np.ndarray) -> tuple[float, float]:
     """Relative error of the exact FoM and the KL (nats) that importance sampling makes, from its two halves.
 
-    Half the rms difference of two halves estimates the error of the whole. Both are per tile.
+    Half the rms difference of two halves estimates the error of the whole. Both are per tile. Either half of a Sobol
+    sequence, the first and the second, fills the space evenly.
     """
+    half = len(points.weight) // 2
     halves = [
-        exact_posterior(WeightedPoints(points.cosmo[k::2], points.weight[k::2] * 2, 0.0), log_like[k::2])
-        for k in (0, 1)
+        exact_posterior(WeightedPoints(points.cosmo[part], points.weight[part] * 2, 0.0), log_like[part])
+        for part in (slice(half), slice(half, None))
     ]
     ln_fom = np.log(halves[0].fom / halves[1].fom)
     kl = gaussian_kl(*(Posterior(h.mu, h.cov, h.fom) for h in halves))
