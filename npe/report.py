@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.artifacts import atomic_path
+from data.audit import TOLERATED_LEAK
 from data.schema import THETA_NAMES
 
 REPORT_NAME = "report.html"
@@ -105,7 +106,7 @@ def _headline(title: str, result: dict[str, Any]) -> str:
         _card(
             f"{leak:.0%} of a split leaks",
             "tiles whose pixels or sky an earlier split has seen",
-            look=leak > 0.01,
+            look=leak > TOLERATED_LEAK,
         ),
         _card(
             f"members differ by {ensemble['worst_divergence_nats']:.3f} nats",
