@@ -98,7 +98,7 @@ def unseen_tiles(vary: Vary) -> tuple[np.ndarray, np.ndarray]:
 
 
 def learnt_posterior(compressor_run: Path, npe_run: Path, kappa: np.ndarray) -> Posterior:
-    """What the trained networks say of tiles (n, 4, N, N), which are normalised in place."""
+    """What the trained networks say of tiles (n, 4, N, N)."""
     norm_stats = read_norm_stats(compressor_run)
     params = np.ones((len(kappa), len(PARAM_NAMES)))  # not looked at
     tiles = Tiles(kappa, np.zeros((len(kappa), 3), dtype=np.int64), params, LMAX, NOISE_LEVEL)

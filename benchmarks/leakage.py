@@ -81,8 +81,7 @@ def judge(run_folder: Path, npe_run: Path, fresh: Tiles, fiducial: Tiles) -> dic
     npe = load_npe(npe_run / "npe_best.ckpt", device)[0]
 
     def summaries(tiles: Tiles) -> tuple[torch.Tensor, TileDataset]:
-        physical = Tiles(tiles.kappa.copy(order="K"), tiles.keys, tiles.params, tiles.lmax, tiles.noise_level)
-        dataset = whole_dataset(physical, norm_stats, device)
+        dataset = whole_dataset(tiles, norm_stats, device)
         return predict(compressor, dataset, 256), dataset
 
     summary, dataset = summaries(fresh)

@@ -21,6 +21,7 @@ from common.errors import UserError
 NoiseLevel = Literal["noiseless", "des_y3", "lsst_y10", "des_y3_survey", "lsst_y10_survey"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bf16"]
+Feed = Literal["auto", "resident", "stream"]
 Backbone = Literal["efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "tiny"]
 SplitBy = Literal["tile", "sim"]
 Geometry = Literal["disjoint", "published", "flat"]
@@ -113,6 +114,17 @@ class MockConfig(TileOptions, WritingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeOptions(SharedOptions):
+    """What a training computes with."""
+
+    device: Device = option("auto", "auto takes cuda, then mps, then cpu")
+    precision: Precision = option("auto", "autocast of the compressor; auto: bf16 on cuda, float32 elsewhere")
+    feed: Feed = option(
+        "auto", "tiles are held on the device (resident) or read batch by batch (stream); auto holds them if they fit"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitOptions(TileOptions):
     """How tiles are dealt out and audited; stage 2 has these from stage 1."""
 
@@ -135,7 +147,7 @@ class CheckConfig(SplitOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressorConfig(SplitOptions, WritingOptions):
+class CompressorConfig(SplitOptions, ComputeOptions, WritingOptions):
     """Stage 1: train the field-level compressor, an EfficientNet that learns normalised theta from a tile."""
 
     backbone: Backbone = option("efficientnet_v2_s", "network; tiny is for laptops and tests")
@@ -152,8 +164,6 @@ class CompressorConfig(SplitOptions, WritingOptions):
         "keep an exponential moving average of the weights with this decay per step, and validate and save it (0: off)",
     )
     theta_noise: float = option(0.005, "standard deviation of Gaussian noise on the normalised theta while training")
-    device: Device = option("auto", "auto takes cuda, then mps, then cpu")
-    precision: Precision = option("auto", "autocast of the network; auto: bf16 on cuda, float32 elsewhere")
     tag: str = option("", "name of the run (default: field_mse_lmax{lmax}_{noise-level}_{backbone})")
 
     def __post_init__(self) -> None:
@@ -171,7 +181,7 @@ class CompressorConfig(SplitOptions, WritingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NPEConfig(WritingOptions):
+class NPEConfig(ComputeOptions, WritingOptions):
     """Stage 2: learn the posterior from the frozen compressor's summaries; the Figure of Merit at the fiducial."""
 
     ckpt: str = required("best.ckpt of a stage-1 run; its split and normalisation are read from beside it")
@@ -186,8 +196,6 @@ class NPEConfig(WritingOptions):
     weight_decay: float = option(1e-5, "weight decay of AdamW")
     n_members: int = option(5, "NPEs with other initial weights on the same batches; the FoM is that of the first")
     n_views: int = option(1, "average each summary over so many turned and rolled views of the tile")
-    device: Device = option("auto", "auto takes cuda, then mps, then cpu")
-    precision: Precision = option("auto", "autocast of the compressor; auto: bf16 on cuda, float32 elsewhere")
     calibration_tiles: str = option(
         "", "folder of independent simulations to check the posterior on (run_mock.py --fresh); else the test split"
     )

@@ -61,6 +61,8 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         split_seed=config.split_seed,
         split_by=config.split_by,
         device=device,
+        dtype=model.dtype,
+        feed=config.feed,
     )
     data.setup()
     for warning in data.audit.warnings():

@@ -15,16 +15,14 @@ from scipy.sparse.csgraph import connected_components
 from common.artifacts import tiles_folder
 from common.config import CheckConfig
 from common.errors import UserError
-from common.progress import Progress
-from data.schema import FACES, N_BINS, PARAM_NAMES
+from data.moments import Moments, moments_of
+from data.schema import FACES, PARAM_NAMES
 from data.shards import Tiles, read_orientations, read_tiles
 from data.sky import Orientations, covered_patches, overlap_matrix
 from data.split import make_manifest, split_indices
 
 # Of a pixel's value plus its bin's rms: twice the rounding of float32, where two tiles of two skies differ by the rms.
 TWIN_TOLERANCE = 2.0**-22
-N_SKETCHES = 2  # one to sort by, one to be sure
-SKETCH_SEED = 0
 MAX_CANDIDATES = 20  # with sketches that agree; tiles that are not twins have none in practice
 SHARED_SKY = 0.5  # of a tile; two tiles that share more count as one patch of sky
 TOLERATED_LEAK = 0.01  # of a split's tiles
@@ -164,12 +162,16 @@ def _tile(key: list[int]) -> str:
 
 
 def audit_tiles(
-    tiles: Tiles, splits: dict[str, np.ndarray], fiducial_sim_id: int, orientations: Orientations | None
+    tiles: Tiles,
+    moments: Moments,
+    splits: dict[str, np.ndarray],
+    fiducial_sim_id: int,
+    orientations: Orientations | None,
 ) -> Audit:
-    """Audit a data set; to be called before its tiles are normalised.
+    """Audit a data set.
 
     Args:
-        tiles: the data set, kappa in physical units.
+        tiles, moments: the data set.
         splits: for every split the positions in `tiles` of its tiles (data.split.split_indices), in the order in
             which they are used: compressor_train, npe_train, test, fiducial.
         fiducial_sim_id: held out of the ranges; may be absent.
@@ -180,14 +182,13 @@ def audit_tiles(
     """
     n, sim_ids = len(tiles.keys), tiles.keys[:, 0]
     sky = None if orientations is None else shared_sky_pairs(tiles.keys, orientations)
-    summaries = _summaries(tiles.kappa)
-    twins = twin_pairs(tiles.kappa, summaries)
+    twins = twin_pairs(tiles.kappa, moments)
     twin_group = groups_of(n, twins)
     patch = twin_group if sky is None else groups_of(n, np.concatenate([twins, sky]))
 
     across = np.flatnonzero(has_earlier(twin_group, sim_ids))
     example = [across[0], np.argmax(twin_group == twin_group[across[0]])] if len(across) else []
-    outliers = variance_outliers(tiles.keys, summaries.variance)
+    outliers = variance_outliers(tiles.keys, moments.variance)
     is_fiducial = sim_ids == fiducial_sim_id
     others = tiles.params[~is_fiducial]
     ranges = {name: [float(v.min()), float(v.max())] for name, v in zip(PARAM_NAMES, others.T, strict=True)}
@@ -286,41 +287,6 @@ def shared_sky_pairs(keys: np.ndarray, orientations: Orientations) -> np.ndarray
 # ---------------------------------------------------------------- pixels
 
 
-@dataclass(frozen=True)
-class _Summaries:
-    """Per tile what does not change under the symmetries of the square, float64.
-
-    Attributes:
-        variance, rms: of the pixels of every bin, (n, 4).
-        sketch: means of the pixels times random weights of unit rms that have these symmetries, (n, N_SKETCHES).
-    """
-
-    variance: np.ndarray
-    rms: np.ndarray
-    sketch: np.ndarray
-
-
-def _summaries(kappa: np.ndarray) -> _Summaries:
-    """Summaries of kappa (n, 4, N, N), in one pass, a tile at a time."""
-    n, _, nside, _ = kappa.shape
-    draw = np.random.default_rng(SKETCH_SEED).standard_normal((N_SKETCHES, N_BINS, nside, nside))
-    symmetric = np.add.reduce(list(square_symmetries(draw)))  # (2, 4, N, N)
-    symmetric = symmetric.transpose(0, 2, 3, 1).reshape(N_SKETCHES, -1)  # (2, N * N * 4)
-    symmetric /= np.sqrt(np.square(symmetric).mean(axis=1, keepdims=True))
-    variance, rms, sketch = np.empty((n, N_BINS)), np.empty((n, N_BINS)), np.empty((n, N_SKETCHES))
-    mean_weight = np.full(nside**2, 1 / nside**2)  # a matrix product is the fastest way along a strided axis
-    with Progress("checking tiles", n, "tiles") as progress:
-        for i, tile in enumerate(kappa):
-            pixels = tile.transpose(1, 2, 0).reshape(-1, N_BINS).astype(np.float64)  # (N * N, 4)
-            sketch[i] = symmetric @ pixels.ravel() / pixels.size
-            mean = mean_weight @ pixels  # (4,)
-            pixels -= mean
-            variance[i] = np.einsum("pb,pb->b", pixels, pixels) / len(pixels)
-            rms[i] = np.sqrt(variance[i] + mean**2)
-            progress.advance()
-    return _Summaries(variance, rms, sketch)
-
-
 def square_symmetries(tile: np.ndarray) -> Iterator[np.ndarray]:
     """Views (..., N, N) of a tile under the eight symmetries of the square, the tile itself first."""
     for turned in (tile, tile.swapaxes(-1, -2)):
@@ -329,7 +295,7 @@ def square_symmetries(tile: np.ndarray) -> Iterator[np.ndarray]:
                 yield turned[..., ::rows, ::cols]
 
 
-def twin_pairs(kappa: np.ndarray, summaries: _Summaries) -> np.ndarray:
+def twin_pairs(kappa: np.ndarray, moments: Moments) -> np.ndarray:
     """Tiles that are the same pixels up to a symmetry of the square, in whatever simulation.
 
     Tiles are sorted by a sketch; only those whose sketches agree are compared, with the first of any
@@ -337,14 +303,14 @@ def twin_pairs(kappa: np.ndarray, summaries: _Summaries) -> np.ndarray:
 
     Args:
         kappa: (n, 4, N, N).
-        summaries: of kappa.
+        moments: of kappa.
 
     Returns:
         int (m, 2): the row of every tile that has a twin before it in that order, and of the first such.
     """
-    sketch = summaries.sketch
+    sketch, rms = moments.sketch, moments.rms
     # By Cauchy and Schwarz the sketches of twins differ by no more than this.
-    reach = 2 * TWIN_TOLERANCE * np.sqrt(np.square(summaries.rms).mean(axis=1))  # (n,)
+    reach = 2 * TWIN_TOLERANCE * np.sqrt(np.square(rms).mean(axis=1))  # (n,)
     pairs: list[tuple[int, int]] = []
     firsts: list[int] = []
     for i in np.argsort(sketch[:, 0]):
@@ -353,7 +319,7 @@ def twin_pairs(kappa: np.ndarray, summaries: _Summaries) -> np.ndarray:
             apart = np.abs(sketch[i] - sketch[first])  # (N_SKETCHES,)
             if apart[0] > reach[i]:
                 break
-            if (apart <= reach[i]).all() and _are_twins(kappa[i], kappa[first], summaries.rms[first]):
+            if (apart <= reach[i]).all() and _are_twins(kappa[i], kappa[first], rms[first]):
                 twin = first
                 break
         if twin is None:
@@ -424,7 +390,8 @@ def check_tiles(config: CheckConfig, on_checkpoint: Callable[[], None] = lambda:
     tiles = read_tiles(folder, config.lmax, config.noise_level, config.nside)
     manifest = make_manifest(tiles, config.split_seed, config.split_by, config.fiducial_sim_id)
     orientations = read_orientations(folder, config.geometry)
-    audit = audit_tiles(tiles, split_indices(manifest, tiles, folder), config.fiducial_sim_id, orientations)
+    splits = split_indices(manifest, tiles, folder)
+    audit = audit_tiles(tiles, moments_of(tiles.kappa), splits, config.fiducial_sim_id, orientations)
     return {
         **audit.to_json(),
         "warnings": audit.warnings(),

@@ -1,62 +1,81 @@
 """The tiles of a folder as one flat file beside the shards: parquet is decoded and checked once, not at every start.
 
     cache/tiles.f32   kappa, float32 (n, N, N, 4), canonical order, bins fastest
-    cache/tiles.npz   keys, params, and what the shards were: size, identity and SHA-256 of each
+    cache/tiles.npz   keys, params, moments, and what the shards were: size, identity and SHA-256 of each
 
 tiles.npz is written last and removed first, so it never stands beside pixels that it does not describe.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import threading
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.artifacts import atomic_path
-from common.errors import warn
-from common.progress import Progress
+from common.errors import UserError, warn
+from common.machine import free_memory
+from data.moments import Moments, empty_moments, moments_of, moments_of_chunk
 from data.schema import N_BINS, nside_of
-from data.shards import Tiles, empty_kappa, read_tiles, shard_paths
+from data.shards import TileIndex, Tiles, read_index, read_pixels, read_tiles, shard_paths
 
 FOLDER, PIXELS, LABELS = "cache", "tiles.f32", "tiles.npz"
-FORMAT = 1
-BYTES_AT_A_TIME = 1 << 26
+FORMAT = 2
 HASHING_THREADS = 4  # hashlib lets go of the interpreter
 DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
-def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Tiles:
-    """What read_tiles gives, from the cache if there is one that fits; otherwise the shards are read and it is made.
+def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> tuple[Tiles, Moments]:
+    """What read_tiles gives, its kappa being the cache mapped into memory; that is made first unless one fits.
 
-    A shard counts as unchanged if its size, inode and times are those of when the cache was made, or else if its
-    content is. Where the cache cannot be written (no space, no permission) there is a warning and no cache.
+    The tiles' moments come with it.
+
+
+    Mapped pixels take no memory but what the system has to spare, so any number of tiles can be opened. Writing to
+    them changes this process's copy alone. A shard counts as unchanged if its size, inode and times are those of when
+    the cache was made, or else if its content is. Where the cache cannot be written (no space, no permission) there is
+    a warning, and kappa is in memory.
 
     Raises:
-        UserError: as read_tiles.
+        UserError: as read_tiles; or the cache cannot be written and memory does not hold the tiles.
     """
     paths = shard_paths(folder, lmax, noise_level)
     cache = folder / FOLDER
     wanted = {"format": FORMAT, "lmax": lmax, "noise_level": noise_level, "nside": nside_of(lmax, nside)}
-    if (tiles := _from_cache(cache, paths, wanted)) is not None:
-        return tiles
+    if (found := _from_cache(cache, paths, wanted)) is not None:
+        return found
     before = [_identity(path) for path in paths]
-    tiles = read_tiles(folder, lmax, noise_level, nside)
-    shards = {
-        path.name: {"identity": identity, "sha256": digest}
-        for path, identity, digest in zip(paths, before, _hashes(paths), strict=True)
-    }
-    if [_identity(path) for path in paths] == before:  # else someone writes there; the next start sees to it
-        try:
-            _write_cache(cache, tiles, wanted | {"shards": shards})
-        except OSError as error:
-            warn(f"no cache in {cache} ({error.strerror}): the next start will read the shards again")
-    return tiles
+    index = read_index(folder, lmax, noise_level, nside)
+    try:
+        moments = _write_pixels(cache, index)
+        hashes = _hashes(paths)
+        if [_identity(path) for path in paths] == before:  # else someone writes there; the next start sees to it
+            identities = zip(paths, before, hashes, strict=True)
+            shards = {path.name: {"identity": identity, "sha256": sha256} for path, identity, sha256 in identities}
+            _write_labels(cache, index.keys, index.params, moments, wanted | {"shards": shards})
+        kappa = _mapped(cache / PIXELS, len(index.keys), index.nside)
+    except OSError as error:
+        size, free = _bytes_of(len(index.keys), index.nside), free_memory()
+        if size > free:
+            raise UserError(
+                f"no cache in {cache} ({error.strerror}), and the tiles take {size / 1e9:.1f} GB where "
+                f"{free / 1e9:.1f} GB of memory are free; make room or give write permission there, or copy the "
+                "shards elsewhere and name that folder as --tiles-dir"
+            ) from None
+        warn(f"no cache in {cache} ({error.strerror}): the next start will read the shards again")
+        tiles = read_tiles(folder, lmax, noise_level, nside)
+        return tiles, moments_of(tiles.kappa)
+    return Tiles(kappa, index.keys, index.params, lmax, noise_level), moments
 
 
 def _identity(path: Path) -> list[int]:
@@ -76,27 +95,42 @@ def _hashes(paths: list[Path]) -> list[str]:
         return list(pool.map(sha256, paths))
 
 
-def _write_cache(cache: Path, tiles: Tiles, made_of: dict[str, Any]) -> None:
+def _write_pixels(cache: Path, index: TileIndex) -> Moments:
+    moments = empty_moments(len(index.keys))
     cache.mkdir(exist_ok=True)
     (cache / LABELS).unlink(missing_ok=True)
-    with atomic_path(cache / PIXELS) as temporary, open(temporary, "wb") as file:
-        for start in range(0, len(tiles.kappa), 64):
-            np.ascontiguousarray(tiles.kappa[start : start + 64].transpose(0, 2, 3, 1)).tofile(file)  # (n, N, N, 4)
-    _write_labels(cache, tiles.keys, tiles.params, made_of)
+    writing = threading.Lock()
+    with atomic_path(cache / PIXELS) as temporary, open(temporary, "wb", buffering=0) as file:
+
+        def put(positions: np.ndarray, tiles: np.ndarray) -> None:
+            moments.put(positions, moments_of_chunk(tiles))
+            for position, tile in zip(positions, np.ascontiguousarray(tiles.transpose(0, 2, 3, 1)), strict=True):
+                with writing:
+                    file.seek(_bytes_of(int(position), index.nside))
+                    if file.write(tile.data) != tile.nbytes:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        read_pixels(index, put)
+    return moments
 
 
-def _write_labels(cache: Path, keys: np.ndarray, params: np.ndarray, made_of: dict[str, Any]) -> None:
+def _bytes_of(n_tiles: int, nside: int) -> int:
+    return n_tiles * N_BINS * nside**2 * np.dtype(np.float32).itemsize
+
+
+def _write_labels(cache: Path, keys: np.ndarray, params: np.ndarray, moments: Moments, made_of: dict[str, Any]) -> None:
     with atomic_path(cache / LABELS) as temporary, open(temporary, "wb") as file:
-        np.savez(file, keys=keys, params=params, made_of=np.array(json.dumps(made_of)))
+        np.savez(file, keys=keys, params=params, made_of=np.array(json.dumps(made_of)), **vars(moments))
 
 
-def _from_cache(cache: Path, paths: list[Path], wanted: dict[str, Any]) -> Tiles | None:
-    """The tiles, or None if there is no cache of these very shards."""
+def _from_cache(cache: Path, paths: list[Path], wanted: dict[str, Any]) -> tuple[Tiles, Moments] | None:
+    """The tiles and their moments, or None if there is no cache of these very shards."""
     try:
         with np.load(cache / LABELS) as labels:
             keys, params, made_of = labels["keys"], labels["params"], json.loads(str(labels["made_of"]))
+            moments = Moments(*(labels[field.name] for field in fields(Moments)))
         nside = wanted["nside"]
-        right_size = (cache / PIXELS).stat().st_size == 4 * len(keys) * N_BINS * nside**2
+        right_size = (cache / PIXELS).stat().st_size == _bytes_of(len(keys), nside)
         shards = made_of.pop("shards")
         if not right_size or made_of != wanted or set(shards) != {path.name for path in paths}:
             return None
@@ -105,22 +139,14 @@ def _from_cache(cache: Path, paths: list[Path], wanted: dict[str, Any]) -> Tiles
                 return None
             for path in moved:  # copied or touched, not changed
                 shards[path.name]["identity"] = _identity(path)
-            _write_labels(cache, keys, params, made_of | {"shards": shards})
-        return Tiles(
-            _read_pixels(cache / PIXELS, len(keys), nside), keys, params, wanted["lmax"], wanted["noise_level"]
-        )
+            _write_labels(cache, keys, params, moments, made_of | {"shards": shards})
+        kappa = _mapped(cache / PIXELS, len(keys), nside)
+        return Tiles(kappa, keys, params, wanted["lmax"], wanted["noise_level"]), moments
     except DAMAGED:  # absent, half there, of another version, or on a read-only disk
         return None
 
 
-def _read_pixels(path: Path, n_tiles: int, nside: int) -> np.ndarray:
-    kappa = empty_kappa(n_tiles, nside)
-    flat = kappa.transpose(0, 2, 3, 1).reshape(-1).view(np.uint8).data  # (n * N * N * 4,) floats, as bytes
-    with open(path, "rb", buffering=0) as file, Progress("reading tiles", n_tiles, "tiles") as progress:
-        start = 0
-        while start < len(flat):
-            if not (read := file.readinto(flat[start : start + BYTES_AT_A_TIME])):
-                raise OSError(f"{path} ended early")
-            start += read
-            progress.advance(start * n_tiles // len(flat) - progress.done)
-    return kappa
+def _mapped(path: Path, n_tiles: int, nside: int) -> np.ndarray:
+    """The file as an array (n, 4, N, N) whose bins run fastest in memory; copied where it is written to."""
+    pixels = np.memmap(path, dtype=np.float32, mode="c", shape=(n_tiles, nside, nside, N_BINS))
+    return np.asarray(pixels).transpose(0, 3, 1, 2)  # (n, 4, N, N)

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from common.config import SplitBy, TileGeometry
+from common.config import Feed, SplitBy, TileGeometry
+from common.machine import free_memory
+from common.progress import Progress
 from data.audit import Audit, audit_tiles
 from data.augment import draw_symmetries, gather_augmented
 from data.cache import read_tiles_through_cache
 from data.norm_stats import NormStats, compute_norm_stats
 from data.shards import Tiles, read_orientations
 from data.split import SPLIT_NAMES, SplitManifest, make_manifest, split_indices
+from data.stream import TileStream
 
-GPU_MEMORY_SHARE = 0.6  # of the free memory may go to the tiles; above it they stay in host memory
+MEMORY_SHARE = 0.6  # of what is free may go to the tiles; the rest is for the network
+LOADED_AT_A_TIME = 64  # tiles
+
+
+class Batched(Protocol):
+    """A data set that gives whole batches and may be told of the next."""
+
+    def __len__(self) -> int: ...
+    def prefetch(self, positions: torch.Tensor) -> None: ...
+    def __getitems__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class TileDataset:
@@ -29,13 +43,13 @@ class TileDataset:
 
     def __init__(
         self,
-        store: torch.Tensor,
+        source: torch.Tensor | TileStream,
         theta: torch.Tensor,
         rows: np.ndarray,
         device: torch.device,
         augment: torch.Generator | None = None,
     ) -> None:
-        self.store, self.theta, self.device, self.augment = store, theta, device, augment
+        self.source, self.theta, self.device, self.augment = source, theta, device, augment
         self.rows = torch.from_numpy(rows)
 
     def __len__(self) -> int:
@@ -43,17 +57,26 @@ class TileDataset:
 
     def augmented(self, generator: torch.Generator) -> TileDataset:
         """The same tiles, augmented with draws from `generator`."""
-        return TileDataset(self.store, self.theta, self.rows.numpy(), self.device, generator)
+        return TileDataset(self.source, self.theta, self.rows.numpy(), self.device, generator)
+
+    def prefetch(self, positions: torch.Tensor) -> None:
+        """Say which batch is asked for next."""
+        if isinstance(self.source, TileStream):
+            self.source.prefetch(self.rows[positions])
 
     def __getitems__(self, positions: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = self.rows[torch.as_tensor(positions)]  # (B,)
-        if self.augment is None:
-            kappa = self.store.permute(0, 2, 3, 1)[rows.to(self.store.device)].permute(0, 3, 1, 2)  # (B, 4, N, N)
+        theta = self.theta[rows].to(self.device, non_blocking=True)
+        if isinstance(self.source, TileStream):
+            store, places = self.source.read(rows), torch.arange(len(rows))
         else:
-            symmetries = draw_symmetries(len(rows), self.store.shape[-1], self.augment)
-            kappa = gather_augmented(self.store, rows, symmetries)
-        theta = self.theta[rows]
-        return kappa.to(self.device, non_blocking=True), theta.to(self.device, non_blocking=True)
+            store, places = self.source, rows
+        if self.augment is not None:
+            symmetries = draw_symmetries(len(rows), store.shape[-1], self.augment)
+            return gather_augmented(store, places, symmetries), theta
+        if isinstance(self.source, TileStream):
+            return store, theta
+        return store.permute(0, 2, 3, 1)[places.to(store.device)].permute(0, 3, 1, 2), theta  # (B, 4, N, N)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         kappa, theta = self.__getitems__([position])
@@ -75,11 +98,15 @@ def n_batches(n: int, batch_size: int) -> int:
 
 
 def batches(
-    dataset: TileDataset, batch_size: int, shuffle: torch.Generator | None = None
+    dataset: Batched, batch_size: int, shuffle: torch.Generator | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of (kappa (B, 4, N, N), theta (B, 2)) on the device."""
-    for positions in batch_positions(len(dataset), batch_size, shuffle):
-        yield dataset.__getitems__(positions)
+    """One epoch of what a data set gives for a batch: (kappa (B, 4, N, N), theta (B, 2)) or (summary (B, 2), theta)."""
+    order = batch_positions(len(dataset), batch_size, shuffle)
+    for positions, following in zip_longest(order, order[1:]):
+        batch = dataset.__getitems__(positions)
+        if following is not None:
+            dataset.prefetch(following)
+        yield batch
 
 
 class TileDataModule:
@@ -91,7 +118,7 @@ class TileDataModule:
     Attributes, after setup():
         manifest, norm_stats: as made or given.
         audit: what the splits share, and more.
-        tiles: the data set. Its kappa is normalised in place.
+        tiles: the data set, in physical units.
         compressor_train_ds, npe_train_ds, test_ds, fiducial_ds: one TileDataset per split, not augmented.
     """
 
@@ -107,13 +134,16 @@ class TileDataModule:
         split_seed: int,
         split_by: SplitBy,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        feed: Feed = "auto",
         manifest: SplitManifest | None = None,
         norm_stats: NormStats | None = None,
     ) -> None:
         self.tiles_dir, self.lmax, self.nside, self.noise_level = tiles_dir, lmax, nside, noise_level
         self.geometry: TileGeometry = geometry
         self.fiducial_sim_id, self.split_seed, self.split_by = fiducial_sim_id, split_seed, split_by
-        self.device = device
+        self.device, self.dtype = device, dtype
+        self.feed: Feed = feed
         self._given_manifest, self._given_norm_stats = manifest, norm_stats
 
     def setup(self) -> None:
@@ -122,32 +152,66 @@ class TileDataModule:
         Raises:
             UserError: bad shards, too few tiles, or tiles that do not fit the manifest.
         """
-        self.tiles: Tiles = read_tiles_through_cache(self.tiles_dir, self.lmax, self.noise_level, self.nside)
+        self.tiles, moments = read_tiles_through_cache(self.tiles_dir, self.lmax, self.noise_level, self.nside)
         self.manifest = self._given_manifest or make_manifest(
             self.tiles, self.split_seed, self.split_by, self.fiducial_sim_id
         )
         indices = split_indices(self.manifest, self.tiles, self.tiles_dir)
         self.audit: Audit = audit_tiles(
-            self.tiles, indices, self.fiducial_sim_id, read_orientations(self.tiles_dir, self.geometry)
+            self.tiles, moments, indices, self.fiducial_sim_id, read_orientations(self.tiles_dir, self.geometry)
         )
-        self.norm_stats = self._given_norm_stats or compute_norm_stats(self.tiles, indices["compressor_train"])
-        everything = whole_dataset(self.tiles, self.norm_stats, self.device)
+        train = indices["compressor_train"]
+        self.norm_stats = self._given_norm_stats or compute_norm_stats(self.tiles.theta[train], moments.of(train))
+        everything = whole_dataset(self.tiles, self.norm_stats, self.device, self.dtype, self.feed)
         self.compressor_train_ds, self.npe_train_ds, self.test_ds, self.fiducial_ds = (
-            TileDataset(everything.store, everything.theta, indices[name], self.device) for name in SPLIT_NAMES
+            TileDataset(everything.source, everything.theta, indices[name], self.device) for name in SPLIT_NAMES
         )
 
 
-def whole_dataset(tiles: Tiles, norm_stats: NormStats, device: torch.device) -> TileDataset:
-    """All tiles as one data set, not augmented; their kappa is normalised in place."""
-    norm_stats.normalise_tiles_in_place(tiles.kappa)
+def whole_dataset(
+    tiles: Tiles,
+    norm_stats: NormStats,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    feed: Feed = "auto",
+) -> TileDataset:
+    """All tiles as one data set, not augmented.
+
+    Args:
+        tiles: in physical units, and left so.
+        norm_stats: they are normalised with.
+        device: they are given on.
+        dtype: that the network computes in; tiles may be held in it, which rounds them as the network would.
+        feed: "resident" holds them on the device, "stream" leaves them where they are and reads batch by batch,
+            "auto" holds them if they fit.
+    """
     theta = torch.from_numpy(norm_stats.normalise_theta(tiles.theta).astype(np.float32))  # (n, 2)
-    return TileDataset(_resident(torch.from_numpy(tiles.kappa), device), theta, np.arange(len(theta)), device)
+    held_as = _held_as(tiles.kappa, device, dtype, feed)
+    source = (
+        TileStream(tiles.kappa, norm_stats, device)
+        if held_as is None
+        else _resident(tiles.kappa, norm_stats, device, held_as)
+    )
+    return TileDataset(source, theta, np.arange(len(theta)), device)
 
 
-def _resident(kappa: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tiles on the device if they fit there with room to compute, else in host memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if kappa.nbytes > GPU_MEMORY_SHARE * free:
-            return kappa
-    return kappa.to(device)
+def _held_as(kappa: np.ndarray, device: torch.device, dtype: torch.dtype, feed: Feed) -> torch.dtype | None:
+    """The type in which tiles are held on the device: float32 if they fit, else the network's; None to stream."""
+    if feed == "stream":
+        return None
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    for held_as in (torch.float32, dtype):
+        if kappa.size * held_as.itemsize <= MEMORY_SHARE * free:
+            return held_as
+    return dtype if feed == "resident" else None
+
+
+def _resident(kappa: np.ndarray, norm_stats: NormStats, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    n, n_bins, nside, _ = kappa.shape
+    store = torch.empty((n, nside, nside, n_bins), dtype=dtype, device=device).permute(0, 3, 1, 2)  # (n, 4, N, N)
+    with Progress("loading tiles", n, "tiles") as progress:
+        for start in range(0, n, LOADED_AT_A_TIME):
+            some = slice(start, start + LOADED_AT_A_TIME)
+            store[some] = torch.from_numpy(norm_stats.normalise_tiles(kappa[some])).to(device)
+            progress.advance(len(store[some]))
+    return store

@@ -9,11 +9,10 @@ import numpy as np
 
 from common.artifacts import read_json, write_json
 from common.errors import UserError
+from data.moments import Moments
 from data.schema import N_BINS, THETA_NAMES
-from data.shards import Tiles
 
 NORM_STATS_NAME = "norm_stats.json"
-CHUNK = 64  # tiles at a time, as float64
 
 
 @dataclass(frozen=True)
@@ -38,23 +37,27 @@ class NormStats:
         """(..., 2) normalised to physical."""
         return theta * np.array(self.theta_std) + np.array(self.theta_mean)
 
-    def normalise_tiles_in_place(self, kappa: np.ndarray) -> None:
-        """(n, 4, N, N) float32 convergence to zero mean and unit variance; once, so that no step pays for it."""
-        mean = np.array(self.tile_mean, dtype=np.float32)[:, None, None]  # (4, 1, 1)
-        inverse_std = (1.0 / np.array(self.tile_std)).astype(np.float32)[:, None, None]  # (4, 1, 1)
-        for start in range(0, len(kappa), CHUNK):
-            kappa[start : start + CHUNK] -= mean
-            kappa[start : start + CHUNK] *= inverse_std
+    def normalise_tiles(self, kappa: np.ndarray) -> np.ndarray:
+        """(m, 4, N, N) float32 convergence to zero mean and unit variance, as a new array whose bins run fastest."""
+        m, _, nside, _ = kappa.shape
+        mean = np.tile(np.array(self.tile_mean, dtype=np.float32), nside)  # (N * 4,), a row of pixels
+        inverse_std = np.tile((1.0 / np.array(self.tile_std)).astype(np.float32), nside)  # (N * 4,)
+        rows = kappa.transpose(0, 2, 3, 1).reshape(m * nside, nside * N_BINS)  # (m * N, N * 4)
+        rows = rows - mean
+        rows *= inverse_std
+        return rows.reshape(m, nside, nside, N_BINS).transpose(0, 3, 1, 2)  # (m, 4, N, N)
 
 
-def compute_norm_stats(tiles: Tiles, indices: np.ndarray) -> NormStats:
-    """Statistics of tiles[indices], accumulated in float64 in two passes (mean, then squared deviations)."""
-    n_pixels = len(indices) * tiles.kappa.shape[2] * tiles.kappa.shape[3]
-    chunks = np.array_split(indices, max(1, len(indices) // CHUNK))
-    mean = sum(tiles.kappa[c].sum(axis=(0, 2, 3), dtype=np.float64) for c in chunks) / n_pixels  # (4,)
-    deviation = (tiles.kappa[c].astype(np.float64) - mean[:, None, None] for c in chunks)
-    std = np.sqrt(sum(np.square(d).sum(axis=(0, 2, 3)) for d in deviation) / n_pixels)  # (4,)
-    theta = tiles.theta[indices]
+def compute_norm_stats(theta: np.ndarray, moments: Moments) -> NormStats:
+    """Statistics of tiles with theta (n, 2) and these moments.
+
+    The variance of all pixels is the mean of the tiles' variances plus the variance of their means.
+
+    Raises:
+        UserError: a bin or a parameter is constant.
+    """
+    mean = moments.mean.mean(axis=0)  # (4,)
+    std = np.sqrt((moments.variance + np.square(moments.mean - mean)).mean(axis=0))  # (4,)
     theta_std = theta.std(axis=0)
     if not (std > 0).all() or not (theta_std > 0).all():
         raise UserError(

@@ -7,7 +7,9 @@ Two layouts are read: the published one (kappa as nested lists of doubles) and o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ import pyarrow.parquet as pq
 from common.artifacts import atomic_path
 from common.config import TileGeometry
 from common.errors import UserError
+from common.machine import usable_cores
 from common.progress import Progress
 from data.schema import KEY_NAMES, N_BINS, PARAM_NAMES, THETA_COLUMNS, nside_of, s8_of
 from data.sky import ORIENTATIONS, Orientations
@@ -127,11 +130,29 @@ def shard_paths(folder: Path, lmax: int, noise_level: str) -> list[Path]:
     return paths
 
 
+@dataclass(frozen=True)
+class TileIndex:
+    """What the shards of a folder hold beside the pixels, checked, and where every tile belongs.
+
+    Attributes:
+        keys, params, lmax, noise_level: as in Tiles, in the canonical order.
+        nside: pixels per side of a tile.
+        places: for every shard in the order of their names, the position in that order of each of its rows.
+    """
+
+    keys: np.ndarray
+    params: np.ndarray
+    lmax: int
+    noise_level: str
+    nside: int
+    places: dict[Path, np.ndarray]
+
+
 def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Tiles:
     """Read every shard of a folder into one array, in the canonical order.
 
     Shards are read a few tiles at a time straight into the array: the peak memory is the array and
-    some 100 MB.
+    some 100 MB for every core.
 
     Args:
         folder: holds shard_*.parquet.
@@ -141,8 +162,19 @@ def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Til
     Raises:
         UserError: anything about the shards that would make a result wrong, with file, row and cure.
     """
+    index = read_index(folder, lmax, noise_level, nside)
+    kappa = empty_kappa(len(index.keys), index.nside)
+    read_pixels(index, kappa.__setitem__)
+    return Tiles(kappa, index.keys, index.params, lmax, noise_level)
+
+
+def read_index(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> TileIndex:
+    """Read everything but the pixels.
+
+    Raises:
+        UserError: as read_tiles.
+    """
     paths = shard_paths(folder, lmax, noise_level)
-    nside = nside_of(lmax, nside)
     tables = [_read_labels(path, lmax, noise_level) for path in paths]
     keys = np.concatenate([table[0] for table in tables])  # (n, 3)
     params = np.concatenate([table[1] for table in tables])  # (n, 8)
@@ -151,16 +183,45 @@ def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Til
     places = [f"{path}, row {row}" for path, n in zip(paths, rows_per_shard, strict=True) for row in range(n)]
     order = np.lexsort(keys.T[::-1])
     _check_labels(keys, params, order, places)
+    position = np.empty(len(keys), dtype=np.int64)
+    position[order] = np.arange(len(keys))
+    per_shard = np.split(position, np.cumsum(rows_per_shard)[:-1])
+    return TileIndex(
+        keys[order], params[order], lmax, noise_level, nside_of(lmax, nside), dict(zip(paths, per_shard, strict=True))
+    )
 
-    kappa = empty_kappa(len(keys), nside)
-    destination = np.empty(len(keys), dtype=np.int64)
-    destination[order] = np.arange(len(keys))
-    start = 0
-    with Progress("reading tiles", len(keys), "tiles") as progress:
-        for path, n_rows in zip(paths, rows_per_shard, strict=True):
-            _read_kappa(path, nside, lmax, kappa, destination[start : start + n_rows], progress)
-            start += n_rows
-    return Tiles(kappa, keys[order], params[order], lmax, noise_level)
+
+def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None]) -> None:
+    """Read the pixels of every shard, shards side by side, a few tiles at a time.
+
+    Args:
+        index: of the folder.
+        put: called from several threads with positions (m,) in the canonical order and their kappa (m, 4, N, N).
+
+    Raises:
+        UserError: as read_tiles.
+    """
+    with Progress("reading tiles", len(index.keys), "tiles") as progress, ThreadPoolExecutor(usable_cores()) as pool:
+        counting = threading.Lock()
+
+        def read(path: Path) -> None:
+            row, positions = 0, index.places[path]
+            for tiles in _kappa_of(path, index.nside, index.lmax):
+                if row + len(tiles) > len(positions):
+                    break
+                put(positions[row : row + len(tiles)], tiles)
+                row += len(tiles)
+                with counting:
+                    progress.advance(len(tiles))
+            if row != len(positions):
+                raise UserError(f"{path} changed while it was read; wait until it is complete and start again")
+
+        try:
+            for _ in pool.map(read, index.places):
+                pass  # the first error, in the order of the shards, is raised here
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def description_of(path: Path) -> str | None:
@@ -285,29 +346,22 @@ def _check_labels(keys: np.ndarray, params: np.ndarray, order: np.ndarray, place
         )
 
 
-def _read_kappa(
-    path: Path, nside: int, lmax: int, kappa: np.ndarray, destination: np.ndarray, progress: Progress
-) -> None:
-    """Read the kappa of one shard into kappa[destination]."""
+def _kappa_of(path: Path, nside: int, lmax: int) -> Iterator[np.ndarray]:
+    """The tiles of one shard in the order of its rows, float32 (m, 4, N, N), a few at a time."""
     batch_size = max(1, VALUES_PER_READ // (N_BINS * nside * nside))
     row = 0
     with _readable(path), _open(path) as file:
         for batch in file.iter_batches(batch_size, columns=["kappa"], use_threads=False):
-            if row + len(batch) > len(destination):
-                break
             values = _flat_values(batch.column(0), nside, lmax, path, row)
-            tiles = values.reshape(len(batch), N_BINS, nside, nside)  # (n, 4, N, N)
+            tiles = values.reshape(len(batch), N_BINS, nside, nside)  # (m, 4, N, N)
             with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite and is refused below
                 tiles = tiles.astype(np.float32, copy=False)
             if not (finite := np.isfinite(tiles).all(axis=(1, 2, 3))).all():
                 raise UserError(
                     f"{path}, row {row + int(np.argmin(finite))}: kappa has NaN or infinite pixels; rebuild the shard"
                 )
-            kappa[destination[row : row + len(batch)]] = tiles
+            yield tiles
             row += len(batch)
-            progress.advance(len(batch))
-    if row != len(destination):
-        raise UserError(f"{path} changed while it was read; wait until it is complete and start again")
 
 
 def _flat_values(array: pa.Array, nside: int, lmax: int, path: Path, first_row: int) -> np.ndarray:

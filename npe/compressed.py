@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
 
 from compress.model import FieldLevelCompressor
 from data.augment import Symmetries, fixed_views, gather_augmented
-from data.module import TileDataModule, TileDataset, batch_positions
+from data.module import TileDataModule, TileDataset, batches
 
 
 class CompressedTileDataset:
@@ -25,6 +25,10 @@ class CompressedTileDataset:
 
     def __len__(self) -> int:
         return len(self.tiles)
+
+    def prefetch(self, positions: torch.Tensor) -> None:
+        """Say which batch is asked for next."""
+        self.tiles.prefetch(positions)
 
     @torch.no_grad()
     def __getitems__(self, positions: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,17 +54,9 @@ class CompressedTileDataset:
         return summary[0], theta[0]
 
 
-def compressed_batches(
-    dataset: CompressedTileDataset, batch_size: int, shuffle: torch.Generator | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of (summary (B, 2), theta (B, 2))."""
-    for positions in batch_positions(len(dataset), batch_size, shuffle):
-        yield dataset.__getitems__(positions)
-
-
 def compress_all(dataset: CompressedTileDataset, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Every tile once, in order: summaries (n, 2) and theta (n, 2)."""
-    summaries, thetas = zip(*compressed_batches(dataset, batch_size), strict=True)
+    summaries, thetas = zip(*batches(dataset, batch_size), strict=True)
     return torch.cat(summaries), torch.cat(thetas)
 
 

@@ -54,13 +54,11 @@ def augmentation_shift(
     for name, kinds in {"turns": (True, False), "rolls": (False, True), "all": (True, True)}.items():
         shifts = []
         for positions in torch.arange(len(tiles)).split(batch_size):
-            original, _ = dataset.__getitems__(positions)  # (B, 2)
+            kappa, _ = tiles.__getitems__(positions)  # (B, 4, N, N)
+            original, rows = dataset.compress(kappa), torch.arange(len(kappa))  # (B, 2), (B,)
             for _ in range(N_AUGMENTATIONS):
-                rows = tiles.rows[positions]
-                symmetries = draw_symmetries(
-                    len(rows), tiles.store.shape[-1], generator, turns=kinds[0], rolls=kinds[1]
-                )
-                moved = dataset.compress(gather_augmented(tiles.store, rows, symmetries).to(tiles.device))
+                symmetries = draw_symmetries(len(rows), kappa.shape[-1], generator, turns=kinds[0], rolls=kinds[1])
+                moved = dataset.compress(gather_augmented(kappa, rows, symmetries))
                 shifts.append((moved - original).cpu().double() / sigma[positions])
         shift = torch.cat(shifts)  # (n * N_AUGMENTATIONS, 2)
         result[name] = {"rms": shift.square().mean(dim=0).sqrt().tolist(), "mean": shift.mean(dim=0).tolist()}

@@ -94,15 +94,19 @@ def draw_tiles(data: TileDataModule, path: Path) -> None:
         "lowest S8": int(test[s8.argmin()]),
         "highest S8": int(test[s8.argmax()]),
     }
-    std = np.array(data.norm_stats.tile_std)  # (4,); the tiles are normalised
+    std = data.norm_stats.tile_std
     with figure(path, 11.0, 8.2) as drawn:
         grid = drawn.subplots(len(rows), N_BINS)
         for number, (line, (name, row)) in enumerate(zip(grid, rows.items(), strict=True)):
             values = ", ".join(f"{n} {v:.3f}" for n, v in zip(THETA_NAMES, theta[row], strict=True))
             for k, axes in enumerate(line):
-                kappa = data.tiles.kappa[row, k] * std[k] + data.norm_stats.tile_mean[k]  # (N, N)
                 shown = axes.imshow(
-                    kappa, origin="lower", cmap="RdBu_r", vmin=-3 * std[k], vmax=3 * std[k], interpolation="none"
+                    data.tiles.kappa[row, k],
+                    origin="lower",
+                    cmap="RdBu_r",
+                    vmin=-3 * std[k],
+                    vmax=3 * std[k],
+                    interpolation="none",
                 )
                 axes.set(xticks=[], yticks=[], title=f"bin {k + 1}" if number == 0 else "")
                 if number == len(rows) - 1:

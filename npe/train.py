@@ -25,13 +25,14 @@ from common.errors import UserError, warn
 from common.figures import draw_loss_curves
 from common.progress import Progress, append_metrics
 from compress.model import TrainedCompressor, load_compressor
-from data.module import TileDataModule, whole_dataset
+from data.cache import read_tiles_through_cache
+from data.module import TileDataModule, batches, whole_dataset
 from data.norm_stats import read_norm_stats
 from data.schema import THETA_NAMES
-from data.shards import Tiles, read_tiles
+from data.shards import Tiles
 from data.split import MANIFEST_NAME, read_manifest
 from npe.calibration import calibrate
-from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all, compressed_batches
+from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all
 from npe.ensemble import Member, ensemble_to_json, make_members
 from npe.fom import augmentation_shift, bootstrap_median
 from npe.model import CHECKPOINT_NAME, GaussianNPE, Posterior, load_npe, predict_posterior, save_npe
@@ -85,7 +86,8 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
         calibration = calibrate(test, data.tiles.theta[rows], data.tiles.keys[rows, 0], calibration_rng)
     else:
         calibration_name = config.calibration_tiles
-        fresh_ds = CompressedTileDataset(whole_dataset(fresh, data.norm_stats, device), trained.model, config.n_views)
+        fresh_tiles = whole_dataset(fresh, data.norm_stats, device, data.dtype, config.feed)
+        fresh_ds = CompressedTileDataset(fresh_tiles, trained.model, config.n_views)
         posterior = _posterior_of(npe, fresh_ds, data, config.batch_size)
         calibration = calibrate(posterior, fresh.theta, fresh.keys[:, 0], calibration_rng)
     test_median = bootstrap_median(test.fom, data.manifest.splits["test"][:, 0], rng)
@@ -191,7 +193,7 @@ def fit(
         for epoch in range(config.max_epochs):
             epoch_start = time.monotonic()
             losses = []
-            for summary, theta in compressed_batches(compressed.train_ds, config.batch_size, shuffle):
+            for summary, theta in batches(compressed.train_ds, config.batch_size, shuffle):
                 nll = torch.stack([member.npe.nll(summary, theta).mean() for member in members])  # (n_members,)
                 optimizer.zero_grad(set_to_none=True)
                 nll.sum().backward()
@@ -240,7 +242,7 @@ def _read_calibration_tiles(config: NPEConfig, data: TileDataModule) -> Tiles | 
     """
     if not config.calibration_tiles:
         return None
-    tiles = read_tiles(Path(config.calibration_tiles), data.lmax, data.noise_level, data.nside)
+    tiles, _ = read_tiles_through_cache(Path(config.calibration_tiles), data.lmax, data.noise_level, data.nside)
     seen = set(map(tuple, data.tiles.params.tolist()))
     if any(tuple(row) in seen for row in tiles.params.tolist()):
         raise UserError(
@@ -302,6 +304,8 @@ def _read_tiles(
         split_seed=manifest.seed,
         split_by=manifest.split_by,
         device=device,
+        dtype=trained.model.dtype,
+        feed=config.feed,
         manifest=manifest,
         norm_stats=read_norm_stats(compressor_run),
     )

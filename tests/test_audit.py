@@ -14,13 +14,14 @@ from conftest import SMALL_LMAX, SMALL_SUITE, make_tiles, write_tiles
 import data.audit
 from common.config import CheckConfig, MockConfig
 from common.errors import UserError
-from data.audit import audit_tiles, check_tiles, count_partners, groups_of, shared_sky_pairs, twin_pairs
+from data.audit import Audit, audit_tiles, check_tiles, count_partners, groups_of, shared_sky_pairs, twin_pairs
 from data.mock.fields import noise_alm
 from data.mock.geometry import tiles_of_alm
 from data.mock.suite import build_suite
+from data.moments import moments_of
 from data.schema import PARAM_NAMES
 from data.shards import METADATA_KEY, ORIENTATIONS_KEY, Tiles, open_shard, read_orientations, read_tiles
-from data.sky import ORIENTATIONS, covered_patches, overlap_matrix
+from data.sky import ORIENTATIONS, Orientations, covered_patches, overlap_matrix
 from data.split import deal_keys, make_manifest, split_indices
 from npe.fom import bootstrap_median
 
@@ -45,6 +46,12 @@ def larger_tiles(tmp_path_factory: pytest.TempPathFactory) -> Tiles:
     folder = tmp_path_factory.mktemp("larger")
     build_suite(MockConfig(tiles_dir=str(folder), lmax=64, n_sims=60))
     return read_tiles(folder, 64, "des_y3")
+
+
+def audited(
+    tiles: Tiles, splits: dict[str, np.ndarray], fiducial_sim_id: int, orientations: Orientations | None
+) -> Audit:
+    return audit_tiles(tiles, moments_of(tiles.kappa), splits, fiducial_sim_id, orientations)
 
 
 def splits_of(tiles: Tiles) -> dict[str, np.ndarray]:
@@ -114,7 +121,7 @@ def test_disjoint_tiles_share_nothing_and_a_geometry_that_does_not_fit_is_refuse
 
 def test_the_suite_has_the_twins_and_patches_of_its_geometry(published_dir: Path, small_tiles_dir: Path) -> None:
     tiles = read_tiles(published_dir, SMALL_LMAX, "noiseless")
-    audit = audit_tiles(tiles, splits_of(tiles), FIDUCIAL, read_orientations(published_dir))
+    audit = audited(tiles, splits_of(tiles), FIDUCIAL, read_orientations(published_dir))
     _, expected = partners_by_name("tile", 60)
     assert {name: (p.twin, p.twin_or_sky) for name, p in audit.partners.items()} == expected
     assert (audit.n_twins, audit.n_twins_across_sims) == (60 * 8, 0)
@@ -125,7 +132,7 @@ def test_the_suite_has_the_twins_and_patches_of_its_geometry(published_dir: Path
     assert json.loads(json.dumps(audit.to_json(), allow_nan=False)) == audit.to_json()
 
     disjoint = read_tiles(small_tiles_dir, SMALL_LMAX, "noiseless")
-    audit = audit_tiles(disjoint, splits_of(disjoint), FIDUCIAL, read_orientations(small_tiles_dir))
+    audit = audited(disjoint, splits_of(disjoint), FIDUCIAL, read_orientations(small_tiles_dir))
     assert audit.n_twins == 0
     assert all((p.twin, p.twin_or_sky) == (0, 0) for p in audit.partners.values())
     assert audit.fiducial is not None
@@ -148,12 +155,12 @@ def test_twins_are_found_under_every_symmetry_across_simulations_and_near_twins_
     tiles.kappa[second[16]] = tiles.kappa[first[16]]
     tiles.kappa[second[16], 3] *= 1 + 1e-5  # one bin is enough to make a difference
     planted = list(zip(first[:8].tolist(), second[:8].tolist(), strict=True))
-    audit = audit_tiles(tiles, splits, FIDUCIAL, None)
-    pairs = twin_pairs(tiles.kappa, data.audit._summaries(tiles.kappa))
+    audit = audited(tiles, splits, FIDUCIAL, None)
+    pairs = twin_pairs(tiles.kappa, moments_of(tiles.kappa))
     assert {frozenset(pair) for pair in pairs.tolist()} == set(map(frozenset, planted))
     assert audit.partners["npe_train"].twin == audit.n_twins_across_sims == 8
     assert audit.partners["npe_train"].twin_or_sky is None
-    assert audit_tiles(tiles, splits, FIDUCIAL, ()).partners["npe_train"].twin_or_sky == 8
+    assert audited(tiles, splits, FIDUCIAL, ()).partners["npe_train"].twin_or_sky == 8
     assert audit.twins_across_sims in [tiles.keys[[b, a]].tolist() for a, b in planted]
     assert any("(8 such tiles): one of them has the wrong cosmology" in line for line in audit.warnings())
 
@@ -164,7 +171,7 @@ def test_many_constant_tiles_need_no_comparison_of_all_with_all(monkeypatch: pyt
     tiles.kappa[:200] = 0.1 * (1 + noise * tiles.kappa[:200])
     are_twins = data.audit._are_twins
     monkeypatch.setattr(data.audit, "_are_twins", lambda *a: compared.append(1) or are_twins(*a))
-    groups = groups_of(300, twin_pairs(tiles.kappa, data.audit._summaries(tiles.kappa)))
+    groups = groups_of(300, twin_pairs(tiles.kappa, moments_of(tiles.kappa)))
     assert len(np.unique(groups)) == (300 if noise else 101)
     assert len(compared) <= 200 * 20  # of 19,900 pairs
 
@@ -173,7 +180,7 @@ def test_a_scaled_a_noise_only_and_a_constant_tile_stand_out_and_no_other(larger
     tiles = replace(larger_tiles, kappa=larger_tiles.kappa.copy())
 
     def outliers() -> list[data.audit.Outlier]:
-        return data.audit.variance_outliers(tiles.keys, data.audit._summaries(tiles.kappa).variance)
+        return data.audit.variance_outliers(tiles.keys, moments_of(tiles.kappa).variance)
 
     assert outliers() == []
     tiles.kappa[100] *= 1.5
@@ -185,7 +192,7 @@ def test_a_scaled_a_noise_only_and_a_constant_tile_stand_out_and_no_other(larger
     median = np.median([larger_tiles.kappa[i, found[2].bin].var() for i in range(96, 108)])
     assert found[2].factor == pytest.approx(2.25 * larger_tiles.kappa[100, found[2].bin].var() / median, rel=0.05)
 
-    variance = data.audit._summaries(tiles.kappa).variance
+    variance = moments_of(tiles.kappa).variance
     for tile_ids, n_outliers in ((3, 3), (2, 0)):  # 9 or 6 tiles of a simulation: too few for a median to be far from
         some = tiles.keys[:, 2] < tile_ids
         assert len(data.audit.variance_outliers(tiles.keys[some], variance[some])) == n_outliers
@@ -200,15 +207,15 @@ def test_the_fiducial_is_inside_up_to_the_edge_and_named_where_it_is_not() -> No
     splits, is_fiducial = splits_of(tiles), tiles.keys[:, 0] == FIDUCIAL
     edge = tiles.params[~is_fiducial].min(axis=0)
     tiles.params[is_fiducial] = edge
-    fiducial = audit_tiles(tiles, splits, FIDUCIAL, ()).fiducial
+    fiducial = audited(tiles, splits, FIDUCIAL, ()).fiducial
     assert fiducial is not None
     assert fiducial.outside == []
     for column in (3, 7):
         tiles.params[is_fiducial, column] = edge[column] - 1e-6
-    audit = audit_tiles(tiles, splits, FIDUCIAL, ())
+    audit = audited(tiles, splits, FIDUCIAL, ())
     assert audit.ranges["m_nu"][0] == edge[7]
     assert any(f"{FIDUCIAL} lies outside the range of the others in w, m_nu" in line for line in audit.warnings())
-    absent = audit_tiles(tiles, splits, 5000, ())
+    absent = audited(tiles, splits, 5000, ())
     assert absent.fiducial is None
     assert {name: absent.ranges[name][0] for name in ("w", "m_nu")} == {
         name: tiles.params[:, PARAM_NAMES.index(name)].min() for name in ("w", "m_nu")

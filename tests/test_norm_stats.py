@@ -11,7 +11,13 @@ import pytest
 from conftest import make_tiles
 
 from common.errors import UserError
-from data.norm_stats import compute_norm_stats, read_norm_stats, write_norm_stats
+from data.moments import moments_of
+from data.norm_stats import NormStats, compute_norm_stats, read_norm_stats, write_norm_stats
+from data.shards import Tiles
+
+
+def stats_of(tiles: Tiles, rows: np.ndarray) -> NormStats:
+    return compute_norm_stats(tiles.theta[rows], moments_of(tiles.kappa).of(rows))
 
 
 def test_statistics_are_those_of_the_chosen_tiles_in_float64() -> None:
@@ -19,7 +25,7 @@ def test_statistics_are_those_of_the_chosen_tiles_in_float64() -> None:
     # A mean 10^4 times the scatter: float32 sums would be off in the third digit of the variance.
     tiles = replace(tiles, kappa=(1e-3 * tiles.kappa + np.array([10, -10, 0, 1])[:, None, None]).astype(np.float32))
     chosen = np.random.default_rng(2).permutation(360)[:250]
-    stats = compute_norm_stats(tiles, chosen)
+    stats = stats_of(tiles, chosen)
     pixels = tiles.kappa[chosen].astype(np.float64).transpose(1, 0, 2, 3).reshape(4, -1)
     np.testing.assert_allclose(stats.tile_mean, pixels.mean(axis=1), rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(stats.tile_std, pixels.std(axis=1), rtol=1e-10)
@@ -29,16 +35,14 @@ def test_statistics_are_those_of_the_chosen_tiles_in_float64() -> None:
 
 def test_normalising_gives_zero_mean_and_unit_variance_and_theta_comes_back() -> None:
     tiles = make_tiles(30, 8, 16)
-    everything = np.arange(360)
-    stats = compute_norm_stats(tiles, everything)
+    stats = stats_of(tiles, np.arange(360))
     expected = (tiles.kappa - np.array(stats.tile_mean)[:, None, None]) / np.array(stats.tile_std)[:, None, None]
-    stats.normalise_tiles_in_place(tiles.kappa)
-    np.testing.assert_allclose(tiles.kappa, expected, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(stats.normalise_tiles(tiles.kappa), expected, rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(stats.physical_theta(stats.normalise_theta(tiles.theta)), tiles.theta, rtol=1e-14)
 
 
 def test_the_file_holds_the_four_promised_fields_exactly(tmp_path: Path) -> None:
-    stats = compute_norm_stats(make_tiles(10, 8, 16), np.arange(50))
+    stats = stats_of(make_tiles(10, 8, 16), np.arange(50))
     write_norm_stats(tmp_path, stats)
     assert set(json.loads((tmp_path / "norm_stats.json").read_text())) == {
         "tile_mean",
@@ -61,4 +65,4 @@ def test_other_content_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_a_constant_parameter_is_refused() -> None:
     with pytest.raises(UserError, match=r"constant over the training split"):
-        compute_norm_stats(make_tiles(3, 8, 16), np.arange(12))  # one simulation
+        stats_of(make_tiles(3, 8, 16), np.arange(12))  # one simulation

@@ -151,7 +151,7 @@ def test_one_tile_and_a_batch_give_the_same_summary(tile_ds: TileDataset, compre
         torch.testing.assert_close(summary, batch[row], rtol=1e-5, atol=1e-6)
         assert torch.equal(one_theta, theta[row])
         with torch.no_grad():
-            torch.testing.assert_close(compressor(tile_ds.store[[position + 4]])[0], summary, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(compressor(tile_ds.source[[position + 4]])[0], summary, rtol=1e-5, atol=1e-6)
 
 
 def test_augmented_summaries_are_new_every_time_and_the_rest_are_not(
@@ -197,7 +197,7 @@ def test_augmentation_shift_is_zero_for_a_blind_compressor_and_measured_for_anot
             return kappa[:, :2, 0, 0]
 
     # A roll brings a random pixel to that corner, so the mean square of its shift is known.
-    pixels = tile_ds.store[4:20, :2].flatten(2)  # (16, 2, 256)
+    pixels = tile_ds.source[4:20, :2].flatten(2)  # (16, 2, 256)
     corner_shift = (pixels - pixels[:, :, :1]).square().mean(dim=(0, 2)).sqrt()  # (2,)
 
     sigma = np.array([0.5, 2.0])  # of the posteriors, in normalised theta
@@ -240,7 +240,7 @@ def test_views_are_the_symmetries_and_their_mean_averages_the_shift_away(tile_ds
 
     # A random turn and roll gives the corner views of the tile's pixels at random: the mean of n has 1 / n of their
     # variance, about the mean of all of them.
-    pixels = tile_ds.store[4:20, :2].flatten(2)  # (16, 2, 256)
+    pixels = tile_ds.source[4:20, :2].flatten(2)  # (16, 2, 256)
     unit = Posterior(np.zeros((16, 2)), np.tile(np.diag(np.square(NORM_STATS.theta_std)), (16, 1, 1)), np.zeros(16))
     for n_views in (1, 16):
         dataset = CompressedTileDataset(tile_ds, Corner(), n_views)  # type: ignore[arg-type]

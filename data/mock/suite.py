@@ -20,6 +20,7 @@ import numpy as np
 from common.artifacts import tiles_folder
 from common.config import MockConfig
 from common.errors import UserError
+from common.machine import usable_cores
 from common.progress import Progress
 from data.mock.cosmology import design, params_of
 from data.mock.fields import band_of, noise_alm, signal_alm
@@ -101,7 +102,7 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
         for k in missing
         for i in range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
     ]
-    n_workers = config.workers or _usable_cores()
+    n_workers = config.workers or usable_cores()
     with _worker_pool(n_workers) as pool, Progress("simulating", len(jobs), "simulations") as progress:
         simulated = _in_order(pool, simulate, jobs, ahead=2 * n_workers)
         for k in missing:
@@ -196,11 +197,6 @@ def _worker_pool(n_workers: int) -> Iterator[ProcessPoolExecutor]:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = saved
-
-
-def _usable_cores() -> int:
-    """Cores that this process may run on: under SLURM or in a container fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ignore_interrupt() -> None:

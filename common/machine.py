@@ -1,0 +1,37 @@
+"""What this machine has for this process: cores and memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")  # where Linux shows a container its own limits
+# Files of the two generations: limit, use, statistics, and in these the name of what files in memory take.
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache"),
+)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: under SLURM or in a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its container if that has a limit.
+
+    What files in memory take counts as free, because it is given up on demand.
+    """
+    free = int(psutil.virtual_memory().available)
+    for limit_file, use_file, statistics_file, cached_name in CGROUP_FILES:
+        try:
+            limit, use = (int((CGROUP / name).read_text()) for name in (limit_file, use_file))
+            lines = (CGROUP / statistics_file).read_text().splitlines()
+            cached = next(int(line.split()[1]) for line in lines if line.split()[0] == cached_name)
+        except (OSError, ValueError, StopIteration):  # none of this generation, or no limit
+            continue
+        free = min(free, limit - use + cached)
+    return max(free, 0)

@@ -1,0 +1,87 @@
+"""One pass over the pixels for all that the audit and the normalisation need to know of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+
+from common.progress import Progress
+from data.schema import N_BINS
+
+N_SKETCHES = 2  # one to sort by, one to be sure
+SKETCH_SEED = 0
+CHUNK = 16  # tiles at a time
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per tile what does not change under the symmetries of the square, float64.
+
+    Attributes:
+        mean, variance: of the pixels of every bin, (n, 4).
+        sketch: means of the pixels times random weights of unit rms that have these symmetries, (n, N_SKETCHES).
+    """
+
+    mean: np.ndarray
+    variance: np.ndarray
+    sketch: np.ndarray
+
+    @property
+    def rms(self) -> np.ndarray:
+        """Root mean square of the pixels of every bin, (n, 4)."""
+        return np.sqrt(self.variance + self.mean**2)
+
+    def of(self, positions: np.ndarray) -> Moments:
+        """Those of some tiles."""
+        return Moments(*(getattr(self, field.name)[positions] for field in fields(self)))
+
+    def put(self, positions: np.ndarray | slice, moments: Moments) -> None:
+        """Take over the moments of some tiles."""
+        for field in fields(self):
+            getattr(self, field.name)[positions] = getattr(moments, field.name)
+
+
+def empty_moments(n_tiles: int) -> Moments:
+    """Uninitialised."""
+    return Moments(np.empty((n_tiles, N_BINS)), np.empty((n_tiles, N_BINS)), np.empty((n_tiles, N_SKETCHES)))
+
+
+def moments_of(kappa: np.ndarray) -> Moments:
+    """Moments of kappa (n, 4, N, N), in one pass, with a progress bar."""
+    moments = empty_moments(len(kappa))
+    with Progress("checking tiles", len(kappa), "tiles") as progress:
+        for start in range(0, len(kappa), CHUNK):
+            some = slice(start, start + CHUNK)
+            moments.put(some, moments_of_chunk(kappa[some]))
+            progress.advance(len(kappa[some]))
+    return moments
+
+
+def moments_of_chunk(kappa: np.ndarray) -> Moments:
+    """Moments of kappa (m, 4, N, N), a tile at a time."""
+    m, _, nside, _ = kappa.shape
+    moments = empty_moments(m)
+    weights = _symmetric_weights(nside)  # (N_SKETCHES, N * N * 4)
+    for i, tile in enumerate(kappa):
+        # Rows of a tile with their bins interleaved, so that sums run along memory. No BLAS, which has threads of
+        # its own where this already runs in several.
+        pixels = tile.transpose(1, 2, 0).astype(np.float64).reshape(nside, nside * N_BINS)  # (N, N * 4)
+        moments.sketch[i] = np.einsum("kp,p->k", weights, pixels.ravel()) / pixels.size
+        moments.mean[i] = mean = pixels.sum(axis=0).reshape(nside, N_BINS).sum(axis=0) / nside**2  # (4,)
+        pixels -= np.tile(mean, nside)
+        np.square(pixels, out=pixels)
+        moments.variance[i] = pixels.sum(axis=0).reshape(nside, N_BINS).sum(axis=0) / nside**2  # (4,)
+    return moments
+
+
+@lru_cache(maxsize=2)
+def _symmetric_weights(nside: int) -> np.ndarray:
+    """Random weights of unit rms with the symmetries of the square, (N_SKETCHES, N * N * 4)."""
+    weights = np.random.default_rng(SKETCH_SEED).standard_normal((N_SKETCHES, N_BINS, nside, nside))
+    weights = weights + weights.swapaxes(-1, -2)
+    weights = weights + weights[..., ::-1, :]
+    weights = weights + weights[..., ::-1]
+    weights = weights.transpose(0, 2, 3, 1).reshape(N_SKETCHES, -1)  # (N_SKETCHES, N * N * 4)
+    return weights / np.sqrt(np.square(weights).mean(axis=1, keepdims=True))

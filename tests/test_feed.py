@@ -1,0 +1,139 @@
+"""Held in memory, held as bf16 or streamed from the disk: the same tiles to the bit, whatever fits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_LMAX, make_tiles, write_tiles
+
+import common.machine
+import data.cache
+import data.module
+from common.config import Feed
+from common.errors import UserError
+from compress.model import FieldLevelCompressor, load_compressor
+from compress.train import predict
+from data.cache import read_tiles_through_cache
+from data.module import TileDataset, batches, whole_dataset
+from data.moments import moments_of
+from data.norm_stats import compute_norm_stats
+from data.shards import Tiles
+from data.stream import TileStream
+
+CPU = torch.device("cpu")
+STAGE_1 = ["--lmax", SMALL_LMAX, "--noise-level", "noiseless", "--backbone", "tiny", "--max-epochs", 3]
+STAGE_1 += ["--warmup-steps", 5, "--device", "cpu", "--batch-size", 64]
+
+
+def dataset_of(tiles: Tiles, feed: Feed = "auto", dtype: torch.dtype = torch.float32) -> TileDataset:
+    norm_stats = compute_norm_stats(tiles.theta, moments_of(tiles.kappa))
+    return whole_dataset(tiles, norm_stats, CPU, dtype, feed)
+
+
+def test_both_stages_are_the_same_to_the_bit_however_they_are_fed(
+    small_suite: Path, tmp_path: Path, run_command: Callable
+) -> None:
+    shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
+    found = []
+    for feed in ("resident", "stream"):
+        options = ["--results-dir", tmp_path, "--feed", feed, "--tag", feed]
+        code, _, err = run_command("run_compressor.py", *STAGE_1, *options)
+        assert code == 0, err
+        ckpt = tmp_path / "field_compressor_runs" / feed / "best.ckpt"
+        code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--max-epochs", 3, "--device", "cpu", "--feed", feed)
+        assert code == 0, err
+        metrics = [json.loads(line) for line in ckpt.with_name("metrics.jsonl").read_text().splitlines()]
+        fom = json.loads((tmp_path / "field_npe_runs" / feed / "fom_result.json").read_text())
+        found.append(
+            (
+                load_compressor(ckpt, CPU, "float32").model.state_dict(),
+                [{k: v for k, v in line.items() if k != "seconds"} for line in metrics],
+                {k: fom[k] for k in ("fom_fiducial_all", "npe", "calibration", "augmentation_shift_in_sigma")},
+            )
+        )
+    held, streamed = found
+    assert all(torch.equal(a, b) for a, b in zip(held[0].values(), streamed[0].values(), strict=True))
+    assert held[1:] == streamed[1:]
+
+
+def test_what_does_not_fit_is_held_as_bf16_and_what_still_does_not_is_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiles(tmp_path, make_tiles(10, 16, 32), rows_per_shard=50)
+    tiles, _ = read_tiles_through_cache(tmp_path, 32, "des_y3")
+    torch.manual_seed(0)
+    network = FieldLevelCompressor("tiny", torch.bfloat16)
+    needed = tiles.kappa.nbytes / data.module.MEMORY_SHARE
+    seen = {}
+    for share, expected in ((1.01, torch.float32), (0.99, torch.bfloat16), (0.51, torch.bfloat16), (0.49, None)):
+        monkeypatch.setattr(data.module, "free_memory", lambda share=share: int(share * needed))
+        dataset = dataset_of(tiles, dtype=torch.bfloat16)
+        if expected is None:
+            assert isinstance(dataset.source, TileStream)
+        else:
+            assert isinstance(dataset.source, torch.Tensor)
+            assert dataset.source.dtype is expected
+        seen[share] = predict(network, dataset, 50)
+        float32_network = dataset_of(tiles)  # has nothing to gain from bf16
+        assert isinstance(float32_network.source, TileStream) == (share < 1)
+    assert seen[1.01].std() > 0
+    assert all(torch.equal(summary, seen[1.01]) for summary in seen.values())
+
+
+def test_an_epoch_asks_for_every_batch_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = make_tiles(10, 16, 32)
+    streamed, held = dataset_of(tiles, "stream"), dataset_of(tiles, "resident")
+    assert isinstance(streamed.source, TileStream)
+    in_time = 0
+    original = streamed.source.read
+
+    def read(rows: torch.Tensor) -> torch.Tensor:
+        nonlocal in_time
+        ahead = streamed.source._ahead  # type: ignore[union-attr]
+        in_time += ahead is not None and torch.equal(ahead[0], rows)
+        return original(rows)
+
+    monkeypatch.setattr(streamed.source, "read", read)
+    orders = [torch.Generator().manual_seed(3) for _ in range(2)]
+    pairs = list(zip(batches(streamed, 32, orders[0]), batches(held, 32, orders[1]), strict=True))
+    assert all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+    assert in_time == len(pairs) - 1  # all but the first
+
+
+def test_without_room_for_the_cache_tiles_must_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiles(tmp_path, make_tiles(10, 16, 32), rows_per_shard=50)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.cache, "_write_pixels", full)
+    size = 120 * 4 * 16 * 16 * 4
+    monkeypatch.setattr(data.cache, "free_memory", lambda: size)
+    tiles, moments = read_tiles_through_cache(tmp_path, 32, "des_y3")
+    assert np.array_equal(moments.mean, moments_of(tiles.kappa).mean)
+    monkeypatch.setattr(data.cache, "free_memory", lambda: size - 1)
+    with pytest.raises(UserError, match=r"No space left on device\), and the tiles take .* make room"):
+        read_tiles_through_cache(tmp_path, 32, "des_y3")
+
+
+@pytest.mark.parametrize("generation", [0, 1])
+def test_a_container_has_no_more_memory_than_its_limit_leaves(
+    generation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.machine, "CGROUP", tmp_path)
+    of_the_machine = common.machine.free_memory()
+    assert of_the_machine > 1 << 28
+    limit, use, statistics, cached = common.machine.CGROUP_FILES[generation]
+    (tmp_path / "memory").mkdir()
+    (tmp_path / limit).write_text(f"{1 << 28}\n")
+    (tmp_path / use).write_text(f"{1 << 27}\n")
+    (tmp_path / statistics).write_text(f"anon 5\n{cached} {1 << 20}\nother 7\n")
+    assert common.machine.free_memory() == (1 << 28) - (1 << 27) + (1 << 20)
+    (tmp_path / limit).write_text("max\n")
+    assert common.machine.free_memory() > 1 << 28
