@@ -22,7 +22,7 @@ NoiseLevel = Literal["noiseless", "des_y3", "lsst_y10", "des_y3_survey", "lsst_y
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bf16"]
 Feed = Literal["auto", "resident", "stream"]
-Backbone = Literal["efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "tiny"]
+Backbone = Literal["efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "tiny", "power"]
 SplitBy = Literal["tile", "sim"]
 Geometry = Literal["disjoint", "published", "flat"]
 TileGeometry = Literal["auto", "published", "disjoint"]
@@ -114,11 +114,16 @@ class MockConfig(TileOptions, WritingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeOptions(SharedOptions):
+class TrainingOptions(SharedOptions):
     """What a training computes with."""
 
     device: Device = option("auto", "auto takes cuda, then mps, then cpu")
     precision: Precision = option("auto", "autocast of the compressor; auto: bf16 on cuda, float32 elsewhere")
+    noiseless_tiles: str = option(
+        "",
+        "folder of the same tiles without noise; every training tile is then its signal with another tile's noise "
+        "(stage 2: default as stage 1)",
+    )
     feed: Feed = option(
         "auto", "tiles are held on the device (resident) or read batch by batch (stream); auto holds them if they fit"
     )
@@ -147,10 +152,12 @@ class CheckConfig(SplitOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressorConfig(SplitOptions, ComputeOptions, WritingOptions):
+class CompressorConfig(SplitOptions, TrainingOptions, WritingOptions):
     """Stage 1: train the field-level compressor, an EfficientNet that learns normalised theta from a tile."""
 
-    backbone: Backbone = option("efficientnet_v2_s", "network; tiny is for laptops and tests")
+    backbone: Backbone = option(
+        "efficientnet_v2_s", "network; tiny is for laptops and tests, power sees power spectra alone"
+    )
     max_epochs: int = option(500, "train at most so many epochs")
     batch_size: int = option(128, "tiles per step")
     patience: int = option(50, "stop after so many epochs without a lower validation loss")
@@ -181,7 +188,7 @@ class CompressorConfig(SplitOptions, ComputeOptions, WritingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NPEConfig(ComputeOptions, WritingOptions):
+class NPEConfig(TrainingOptions, WritingOptions):
     """Stage 2: learn the posterior from the frozen compressor's summaries; the Figure of Merit at the fiducial."""
 
     ckpt: str = required("best.ckpt of a stage-1 run; its split and normalisation are read from beside it")

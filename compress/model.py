@@ -1,4 +1,4 @@
-"""FieldLevelCompressor: an EfficientNet with a linear head that maps a tile to normalised theta."""
+"""FieldLevelCompressor: an EfficientNet (or power spectra) with a linear head that maps a tile to normalised theta."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.config import Backbone, CompressorConfig, Precision
 from common.device import autocast, pick_precision
 from common.errors import UserError
+from compress.power import HIDDEN, PowerFilters
 from data.schema import N_BINS, THETA_NAMES
 
 CHECKPOINT_NAME = "best.ckpt"
@@ -32,25 +33,26 @@ def _tiny() -> EfficientNet:
     return EfficientNet(stages, dropout=0.0, stochastic_depth_prob=0.0, last_channel=256)
 
 
-def _backbone(name: Backbone) -> EfficientNet:
-    return _tiny() if name == "tiny" else getattr(torchvision.models, name)(weights=None)
+def _backbone(name: Backbone) -> tuple[nn.Module, nn.Module, int]:
+    """Features of a tile, how they are pooled, and how many there are."""
+    if name == "power":
+        return PowerFilters(), nn.Identity(), HIDDEN
+    network = _tiny() if name == "tiny" else getattr(torchvision.models, name)(weights=None)
+    network.features[0][0] = _conv_for_bins(network.features[0][0])
+    return network.features, network.avgpool, network.classifier[-1].in_features
 
 
 class FieldLevelCompressor(nn.Module):
     """Tile (B, 4, N, N) -> summary (B, 2), an estimate of normalised (Omega_m, S8).
 
-    The convolutions run in `dtype` (bf16 by autocast, or float32); the head always in float32, since
+    The backbone runs in `dtype` (bf16 by autocast, or float32); the head always in float32, since
     its output is the result.
     """
 
     def __init__(self, backbone: Backbone, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        network = _backbone(backbone)
-        stem = network.features[0][0]
-        assert isinstance(stem, nn.Conv2d)
-        network.features[0][0] = _conv_for_bins(stem)
-        self.features, self.pool = network.features, network.avgpool
-        self.head = nn.Linear(network.classifier[-1].in_features, len(THETA_NAMES))
+        self.features, self.pool, n_features = _backbone(backbone)
+        self.head = nn.Linear(n_features, len(THETA_NAMES))
         self.dtype = dtype
         self.to(memory_format=torch.channels_last)
 

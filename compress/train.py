@@ -21,7 +21,7 @@ from common.early_stopping import EarlyStopping
 from common.errors import UserError, warn
 from common.figures import draw_loss_curves
 from common.progress import Progress, append_metrics
-from common.schedule import lr_at
+from common.schedule import ema_decay_at, lr_at
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, load_compressor, save_compressor
 from compress.pictures import draw_predictions
 from data.module import TileDataModule, TileDataset, batches, n_batches
@@ -63,6 +63,7 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         device=device,
         dtype=model.dtype,
         feed=config.feed,
+        noiseless_dir=Path(config.noiseless_tiles) if config.noiseless_tiles else None,
     )
     data.setup()
     for warning in data.audit.warnings():
@@ -136,10 +137,12 @@ def fit(
 ) -> int:
     """The training loop; writes best.ckpt and metrics.jsonl. Returns the number of epochs that were run.
 
-    With --ema-decay d, what is validated and saved is a moving average of weights and BatchNorm statistics:
-    average <- d average + (1 - d) weights after every step, from the first step's weights on.
+    With --ema-decay, what is validated and saved is a moving average of weights and BatchNorm statistics: after every
+    step average <- d average + (1 - d) weights, with d from ema_decay_at.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     shuffle, augment, theta_noise = (
         seeded_generator(config.seed, f"compressor {purpose}") for purpose in ("shuffle", "augment", "theta noise")
     )
@@ -153,7 +156,7 @@ def fit(
         decay_factor=config.decay_factor,
         decay_epochs=config.decay_epochs,
     )
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    average = AveragedModel(model, use_buffers=True)
     judged = cast(FieldLevelCompressor, average.module) if config.ema_decay else model
     step, epoch = 0, 0
     with Progress("training the compressor", config.max_epochs * steps_per_epoch, "steps") as progress:
@@ -169,6 +172,7 @@ def fit(
                 loss.backward()
                 optimizer.step()
                 if config.ema_decay:
+                    average.multi_avg_fn = get_ema_multi_avg_fn(ema_decay_at(step, config.ema_decay))
                     average.update_parameters(model)
                 losses.append(loss.detach())
                 step += 1

@@ -11,18 +11,22 @@ import numpy as np
 import torch
 
 from common.config import Feed, SplitBy, TileGeometry
+from common.errors import UserError
 from common.machine import free_memory
 from common.progress import Progress
 from data.audit import Audit, audit_tiles
-from data.augment import draw_symmetries, gather_augmented
+from data.augment import Symmetries, draw_symmetries, gather_augmented
 from data.cache import read_tiles_through_cache
 from data.norm_stats import NormStats, compute_norm_stats
+from data.schema import NOISELESS
 from data.shards import Tiles, read_orientations
 from data.split import SPLIT_NAMES, SplitManifest, make_manifest, split_indices
 from data.stream import TileStream
 
 MEMORY_SHARE = 0.6  # of what is free may go to the tiles; the rest is for the network
 LOADED_AT_A_TIME = 64  # tiles
+SIGNALS_CHECKED = 64  # tiles
+NOT_NOISE = 0.2  # of the noise's variance may be missing from the sum; two different skies miss twice the signal's
 
 
 class Batched(Protocol):
@@ -38,7 +42,8 @@ class TileDataset:
 
     `ds[i]` is (kappa (4, N, N), theta (2,)); `ds[[i, j, ...]]` by way of `__getitems__` is a whole
     batch (kappa (B, 4, N, N) channels_last, theta (B, 2)). With an augmentation generator every
-    access draws a new symmetry and roll per tile.
+    access draws a new symmetry and roll per tile; if there is a `signal`, the same tiles without noise, also
+    a new noise: that of another tile of the split, with a symmetry and roll of its own.
     """
 
     def __init__(
@@ -48,8 +53,9 @@ class TileDataset:
         rows: np.ndarray,
         device: torch.device,
         augment: torch.Generator | None = None,
+        signal: torch.Tensor | TileStream | None = None,
     ) -> None:
-        self.source, self.theta, self.device, self.augment = source, theta, device, augment
+        self.source, self.theta, self.device, self.augment, self.signal = source, theta, device, augment, signal
         self.rows = torch.from_numpy(rows)
 
     def __len__(self) -> int:
@@ -57,30 +63,50 @@ class TileDataset:
 
     def augmented(self, generator: torch.Generator) -> TileDataset:
         """The same tiles, augmented with draws from `generator`."""
-        return TileDataset(self.source, self.theta, self.rows.numpy(), self.device, generator)
+        return TileDataset(self.source, self.theta, self.rows.numpy(), self.device, generator, self.signal)
 
     def prefetch(self, positions: torch.Tensor) -> None:
         """Say which batch is asked for next."""
-        if isinstance(self.source, TileStream):
-            self.source.prefetch(self.rows[positions])
+        first = self.source if self.augment is None or self.signal is None else self.signal
+        if isinstance(first, TileStream):
+            first.prefetch(self.rows[positions])
 
     def __getitems__(self, positions: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = self.rows[torch.as_tensor(positions)]  # (B,)
         theta = self.theta[rows].to(self.device, non_blocking=True)
-        if isinstance(self.source, TileStream):
-            store, places = self.source.read(rows), torch.arange(len(rows))
-        else:
-            store, places = self.source, rows
-        if self.augment is not None:
-            symmetries = draw_symmetries(len(rows), store.shape[-1], self.augment)
-            return gather_augmented(store, places, symmetries), theta
-        if isinstance(self.source, TileStream):
-            return store, theta
-        return store.permute(0, 2, 3, 1)[places.to(store.device)].permute(0, 3, 1, 2), theta  # (B, 4, N, N)
+        if self.augment is None:
+            return _picked(self.source, rows), theta
+        symmetries = draw_symmetries(len(rows), _nside(self.source), self.augment)
+        if self.signal is None:
+            return _transformed(self.source, rows, symmetries), theta
+        kappa = _transformed(self.signal, rows, symmetries)
+        others = self.rows[torch.randint(len(self.rows), (len(rows),), generator=self.augment)]  # (B,)
+        symmetries = draw_symmetries(len(rows), _nside(self.source), self.augment)
+        kappa += _transformed(self.source, others, symmetries)
+        kappa -= _transformed(self.signal, others, symmetries)
+        return kappa, theta
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         kappa, theta = self.__getitems__([position])
         return kappa[0], theta[0]
+
+
+def _nside(source: torch.Tensor | TileStream) -> int:
+    return source.nside if isinstance(source, TileStream) else source.shape[-1]
+
+
+def _picked(source: torch.Tensor | TileStream, rows: torch.Tensor) -> torch.Tensor:
+    """Tiles (B, 4, N, N) as they are."""
+    if isinstance(source, TileStream):
+        return source.read(rows)
+    return source.permute(0, 2, 3, 1)[rows.to(source.device)].permute(0, 3, 1, 2)  # (B, 4, N, N)
+
+
+def _transformed(source: torch.Tensor | TileStream, rows: torch.Tensor, symmetries: Symmetries) -> torch.Tensor:
+    """Tiles (B, 4, N, N), each transformed."""
+    if isinstance(source, TileStream):
+        return gather_augmented(source.read(rows), torch.arange(len(rows)), symmetries)
+    return gather_augmented(source, rows, symmetries)
 
 
 def batch_positions(n: int, batch_size: int, shuffle: torch.Generator | None) -> list[torch.Tensor]:
@@ -136,6 +162,7 @@ class TileDataModule:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         feed: Feed = "auto",
+        noiseless_dir: Path | None = None,
         manifest: SplitManifest | None = None,
         norm_stats: NormStats | None = None,
     ) -> None:
@@ -144,6 +171,7 @@ class TileDataModule:
         self.fiducial_sim_id, self.split_seed, self.split_by = fiducial_sim_id, split_seed, split_by
         self.device, self.dtype = device, dtype
         self.feed: Feed = feed
+        self.noiseless_dir = noiseless_dir
         self._given_manifest, self._given_norm_stats = manifest, norm_stats
 
     def setup(self) -> None:
@@ -163,9 +191,34 @@ class TileDataModule:
         train = indices["compressor_train"]
         self.norm_stats = self._given_norm_stats or compute_norm_stats(self.tiles.theta[train], moments.of(train))
         everything = whole_dataset(self.tiles, self.norm_stats, self.device, self.dtype, self.feed)
+        signal = None
+        if self.noiseless_dir is not None:
+            noiseless = read_signal(self.noiseless_dir, self.tiles)
+            signal = whole_dataset(noiseless, self.norm_stats, self.device, self.dtype, self.feed).source
         self.compressor_train_ds, self.npe_train_ds, self.test_ds, self.fiducial_ds = (
-            TileDataset(everything.source, everything.theta, indices[name], self.device) for name in SPLIT_NAMES
+            TileDataset(everything.source, everything.theta, indices[name], self.device, signal=signal)
+            for name in SPLIT_NAMES
         )
+
+
+def read_signal(folder: Path, tiles: Tiles) -> Tiles:
+    """The same tiles without noise.
+
+    Raises:
+        UserError: bad shards, other tiles, or a difference that is not noise: one that does not add its variance.
+    """
+    signal, _ = read_tiles_through_cache(folder, tiles.lmax, NOISELESS, tiles.kappa.shape[-1])
+    if not (np.array_equal(signal.keys, tiles.keys) and np.array_equal(signal.params, tiles.params)):
+        raise UserError(f"--noiseless-tiles {folder} holds other simulations than the tiles; make both from one suite")
+    some = np.linspace(0, len(tiles.keys) - 1, SIGNALS_CHECKED).astype(int)
+    total, clean = (one.kappa[some].astype(np.float64) for one in (tiles, signal))  # (m, 4, N, N)
+    noise = (total - clean).var(axis=(0, 2, 3))  # (4,)
+    if not (np.abs(total.var(axis=(0, 2, 3)) - clean.var(axis=(0, 2, 3)) - noise) <= NOT_NOISE * noise).all():
+        raise UserError(
+            f"--noiseless-tiles {folder}: the tiles are not these ones with noise added; make both from one suite, "
+            "with the same --seed"
+        )
+    return signal
 
 
 def whole_dataset(

@@ -49,6 +49,7 @@ SURVEYS = {
     "lsst_y10": Survey((6.75, 6.75, 6.75, 6.75), (0.26, 0.26, 0.26, 0.26)),
 }
 ARCMIN2_PER_STERADIAN = (180.0 * 60.0 / np.pi) ** 2
+NOISELESS = "noiseless"
 
 
 def noise_cl(noise_level: str) -> np.ndarray:
@@ -58,7 +59,7 @@ def noise_cl(noise_level: str) -> np.ndarray:
     behind the name it is twice that, N_ell = sigma_e^2 / n_eff: the noise of a convergence map made
     from shear whose dispersion per component is sigma_e. `noiseless` is zero.
     """
-    if noise_level == "noiseless":
+    if noise_level == NOISELESS:
         return np.zeros(N_BINS)
     survey = SURVEYS[noise_level.removesuffix("_survey")]
     power = np.square(survey.sigma_e) / (np.array(survey.n_eff) * ARCMIN2_PER_STERADIAN)

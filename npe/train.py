@@ -185,7 +185,7 @@ def fit(
     """
     members = make_members(config.n_members, config.seed, config.patience, device)
     parameters = [p for member in members for p in member.npe.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     shuffle = seeded_generator(config.seed, "npe shuffle")
     val_summary, val_theta = compress_all(compressed.val_ds, config.batch_size)  # never augmented: once is enough
     epoch = 0
@@ -294,6 +294,7 @@ def _read_tiles(
     folder = tiles_folder(
         config.tiles_dir or trained.config.tiles_dir, results_dir, manifest.lmax, manifest.noise_level
     )
+    noiseless_tiles = config.noiseless_tiles or trained.config.noiseless_tiles
     data = TileDataModule(
         folder,
         manifest.lmax,
@@ -306,6 +307,7 @@ def _read_tiles(
         device=device,
         dtype=trained.model.dtype,
         feed=config.feed,
+        noiseless_dir=Path(noiseless_tiles) if noiseless_tiles else None,
         manifest=manifest,
         norm_stats=read_norm_stats(compressor_run),
     )

@@ -1,0 +1,60 @@
+"""PowerFilters: the features of a network that sees a tile's power spectra and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from data.schema import N_BINS
+
+N_SCALES, FILTERS_PER_SCALE, FILTER_WIDTH, HIDDEN = 5, 24, 5, 64
+SOFTENING = 1e-4  # of the variance of a normalised pixel; keeps the logarithm finite for a constant tile
+BINOMIAL = (0.125, 0.375, 0.375, 0.125)  # takes away what a halved grid could not tell from larger scales
+
+
+class PowerFilters(nn.Module):
+    """Tile (B, 4, N, N) -> features (B, HIDDEN).
+
+    At each of five scales, every one half as fine as the one before, linear filters that mix the bins are
+    applied and their responses squared and averaged: any auto- or cross-spectrum in bands, with bands and mixtures
+    learned. The logarithms go through a small MLP. For a Gaussian field on a periodic tile nothing more is to be had,
+    and much less has to be learned than by a deep network; of a field's non-Gaussian information it sees little.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = nn.ModuleList(
+            nn.Conv2d(N_BINS, FILTERS_PER_SCALE, FILTER_WIDTH, bias=False) for _ in range(N_SCALES)
+        )
+        n_powers = N_SCALES * FILTERS_PER_SCALE
+        self.mlp = nn.Sequential(
+            nn.BatchNorm1d(n_powers),
+            nn.Linear(n_powers, HIDDEN),
+            nn.SiLU(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.SiLU(),
+        )
+
+    def forward(self, kappa: torch.Tensor) -> torch.Tensor:
+        log_powers = []
+        for number, filters in enumerate(self.filters):
+            if number:
+                kappa = _halved(kappa)  # (B, 4, N / 2^number, N / 2^number)
+            response = filters(_wrapped(kappa, FILTER_WIDTH // 2, FILTER_WIDTH // 2))
+            response = response.to(torch.promote_types(response.dtype, torch.float32))  # bf16 has no digits for a mean
+            log_powers.append(torch.log(response.square().mean(dim=(2, 3)) + SOFTENING))  # (B, FILTERS_PER_SCALE)
+        return self.mlp(torch.cat(log_powers, dim=1))
+
+
+def _wrapped(kappa: torch.Tensor, before: int, after: int) -> torch.Tensor:
+    """Continue a tile periodically by so many pixels before its first and after its last row and column."""
+    wrapped = functional.pad(kappa, (before, after, before, after), mode="circular")
+    return wrapped.contiguous(memory_format=torch.channels_last)
+
+
+def _halved(kappa: torch.Tensor) -> torch.Tensor:
+    """Every other pixel of the smoothed tile: (B, 4, N, N) -> (B, 4, N / 2, N / 2)."""
+    binomial = torch.tensor(BINOMIAL, dtype=kappa.dtype, device=kappa.device)
+    kernel = torch.outer(binomial, binomial).expand(N_BINS, 1, -1, -1)  # (4, 1, 4, 4), each bin by itself
+    return functional.conv2d(_wrapped(kappa, 1, 2), kernel, stride=2, groups=N_BINS)
