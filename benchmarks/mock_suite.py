@@ -1,0 +1,69 @@
+"""The mock suite against its transforms and rotations alone: `python benchmarks/mock_suite.py`.
+
+ours    data.mock.suite.simulate and everything around it: theory, random numbers, shards; all cores
+limit   the same spherical-harmonic transforms and rotations on made-up coefficients, the same worker processes
+
+Seconds for --n-sims simulations at lmax 200, the workers' start included in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ducc0
+import numpy as np
+import torch
+
+from benchmarks.measure import Row, in_turns, report, seconds
+from common.config import MockConfig
+from common.machine import usable_cores
+from data.mock.fields import band_of
+from data.mock.geometry import tiles_of_alm
+from data.mock.suite import _in_order, _worker_pool, build_suite
+from data.schema import N_BINS, nside_of
+
+LMAX = 200
+
+
+def transforms(lmax: int) -> int:
+    """The transforms and rotations of one simulation."""
+    band = band_of(lmax, "lognormal")
+    n_alm = (band + 1) * (band + 2) // 2
+    alm = np.ones((1, n_alm), dtype=np.complex128)
+    n_phi = ducc0.fft.good_size(2 * band + 1, True)
+    kappa = []
+    for _ in range(N_BINS):
+        sky = ducc0.sht.synthesis_2d(alm=alm, spin=0, lmax=band, geometry="GL", ntheta=band + 1, nphi=n_phi, nthreads=1)
+        kappa.append(ducc0.sht.analysis_2d(map=sky, spin=0, lmax=lmax, geometry="GL", nthreads=1)[0])
+    return len(tiles_of_alm(np.stack(kappa), lmax, nside_of(lmax), "disjoint"))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n-sims", type=int, default=50)
+    parser.add_argument("--results-dir", type=Path, default=Path("build/bench"))
+    options = parser.parse_args()
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            build_suite(MockConfig(results_dir=folder, lmax=LMAX, n_sims=options.n_sims))
+
+    def limit() -> None:
+        with _worker_pool(usable_cores()) as pool:
+            for _ in _in_order(pool, transforms, [LMAX] * options.n_sims, 2 * usable_cores()):
+                pass
+
+    found = in_turns({"ours": lambda: seconds(ours), "limit": lambda: seconds(limit)}, "mock suite")
+    row = Row(f"mock suite, {options.n_sims} simulations, lmax {LMAX}", "s", **found, target="<= 1.2")
+    report([row], torch.device("cpu"), options.results_dir / "mock_suite.json")
+
+
+if __name__ == "__main__":
+    main()

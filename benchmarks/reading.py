@@ -1,0 +1,176 @@
+"""Reading tiles, against the Hugging Face library, pyarrow and a plain .npy: `python benchmarks/reading.py`.
+
+Shards in the published layout (nested lists of doubles, SNAPPY, row groups of 190, 50 simulations a shard). Every way
+runs in a process of its own and gives a float32 array (n, 4, 128, 128), or in our case the tiles ready to train with.
+Peak memory is what the process takes beyond its libraries; pages of a mapped file, which the system takes back when it
+needs them, count as well. `--n-sims 791` is the published size. Header of the output: processor, cores, versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from benchmarks.measure import ROUNDS, Row, in_turns, report
+from data.schema import KEY_NAMES, N_BINS, PARAM_NAMES, TILES_PER_SIM
+
+NSIDE, LMAX, LEVEL = 128, 200, "des_y3"
+SIMS_PER_SHARD, ROWS_PER_GROUP = 50, 190
+PRELUDE = """
+import resource, sys, time
+from pathlib import Path
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+folder = Path({folder!r})
+"""
+WAYS = {
+    "datasets": """
+import datasets, numpy as np
+datasets.disable_progress_bars()
+before, start = peak(), time.perf_counter()
+rows = datasets.load_dataset("parquet", data_files=[str(p) for p in sorted(folder.glob("*.parquet"))],
+    split="train", cache_dir={scratch!r})
+kappa = np.array(rows["kappa"], dtype=np.float32)
+""",
+    "pyarrow": """
+import numpy as np, pyarrow.parquet as pq
+before, start = peak(), time.perf_counter()
+parts = []
+for path in sorted(folder.glob("*.parquet")):
+    file = pq.ParquetFile(path)
+    for number in range(file.num_row_groups):
+        column = file.read_row_group(number, columns=["kappa"], use_threads=False)["kappa"].combine_chunks()
+        for _ in range(3):
+            column = column.flatten()
+        parts.append(column.to_numpy().astype(np.float32).reshape(-1, 4, 128, 128))
+kappa = np.concatenate(parts)
+""",
+    "npy": """
+import numpy as np
+before, start = peak(), time.perf_counter()
+kappa = np.load({scratch!r} + "/kappa.npy")
+""",
+    "ours, array": """
+from data.shards import read_tiles
+before, start = peak(), time.perf_counter()
+kappa = read_tiles(folder, 200, "des_y3").kappa
+""",
+    "ours, first start": """
+from data.cache import read_tiles_through_cache
+before, start = peak(), time.perf_counter()
+kappa = read_tiles_through_cache(folder, 200, "des_y3")[0].kappa
+""",
+    "ours, later start": """
+from data.cache import read_tiles_through_cache
+import numpy as np
+before, start = peak(), time.perf_counter()
+kappa = np.array(read_tiles_through_cache(folder, 200, "des_y3")[0].kappa)
+""",
+    "ours, ready to train": """
+import torch
+from data.cache import read_tiles_through_cache
+from data.module import whole_dataset
+from data.norm_stats import NormStats
+stats = NormStats((0.0,) * 4, (0.01,) * 4, (0.3, 0.8), (0.1, 0.1))
+before, start = peak(), time.perf_counter()
+kappa = whole_dataset(read_tiles_through_cache(folder, 200, "des_y3")[0], stats, torch.device("cpu")).source
+""",
+}
+END = """
+seconds = time.perf_counter() - start
+assert tuple(kappa.shape) == ({n}, 4, 128, 128)
+import json
+print(json.dumps([seconds, (peak() - before) / 1e9, float(kappa.sum())]))
+"""
+
+
+def write_published_layout(folder: Path, n_sims: int) -> None:
+    """Shards of white noise, and the same array as kappa.npy beside the folder."""
+    rng = np.random.default_rng(0)
+    kept = np.lib.format.open_memmap(
+        folder.parent / "kappa.npy", "w+", np.float32, (n_sims * TILES_PER_SIM, N_BINS, NSIDE, NSIDE)
+    )
+    for number, first in enumerate(range(0, n_sims, SIMS_PER_SHARD)):
+        sims = np.arange(first, min(first + SIMS_PER_SHARD, n_sims))
+        n = len(sims) * TILES_PER_SIM
+        kappa = 0.01 * rng.standard_normal((n, N_BINS, NSIDE, NSIDE), dtype=np.float32)
+        kept[first * TILES_PER_SIM : first * TILES_PER_SIM + n] = kappa
+        column, lists = pa.array(kappa.astype(np.float64).reshape(-1)), kappa.size
+        for size in kappa.shape[:0:-1]:
+            lists //= size
+            column = pa.ListArray.from_arrays(pa.array(np.arange(lists + 1, dtype=np.int32) * size), column)
+        tile = np.tile(np.arange(TILES_PER_SIM), len(sims))
+        labels = [np.repeat(sims + 1, TILES_PER_SIM), tile // 4, tile % 4]
+        params = np.repeat(
+            np.random.default_rng(sims).uniform(0.3, 0.9, (len(sims), len(PARAM_NAMES))), TILES_PER_SIM, 0
+        )
+        params[:, PARAM_NAMES.index("S8")] = params[:, PARAM_NAMES.index("sigma_8")] * np.sqrt(
+            params[:, PARAM_NAMES.index("Omega_m")] / 0.3
+        )
+        columns = {"kappa": column} | dict(zip(KEY_NAMES, labels, strict=True)) | {"noise_level": [LEVEL] * n}
+        columns |= dict(zip(PARAM_NAMES, params.T, strict=True))
+        path = folder / f"shard_{number:04d}.parquet"
+        pq.write_table(pa.table(columns), path, compression="snappy", row_group_size=ROWS_PER_GROUP)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n-sims", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--results-dir", type=Path, default=Path("build/bench"))
+    options = parser.parse_args()
+    scratch = (options.results_dir / "reading").resolve()
+    shutil.rmtree(scratch, ignore_errors=True)
+    folder = scratch / "shards"
+    folder.mkdir(parents=True)
+    write_published_layout(folder, options.n_sims)
+    n = options.n_sims * TILES_PER_SIM
+    memory: dict[str, list[float]] = {name: [] for name in WAYS}
+    sums = set()
+
+    def run(name: str) -> float:
+        shutil.rmtree(scratch / "parquet", ignore_errors=True)  # what datasets keeps
+        if name == "ours, first start":
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+        code = (PRELUDE + WAYS[name]).format(folder=str(folder), scratch=str(scratch)) + END.format(n=n)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+        elapsed, took, total = json.loads(done.stdout.splitlines()[-1])
+        memory[name].append(took)
+        if name != "ours, ready to train":  # normalised
+            sums.add(round(total, 2))
+        return float(elapsed)
+
+    found = in_turns({name: lambda name=name: run(name) for name in WAYS}, "reading", options.rounds)  # type: ignore[misc]
+    assert len(sums) == 1, f"the ways gave different pixels: {sums}"
+    memory = {name: values[1:] for name, values in memory.items()}
+    size = n * N_BINS * NSIDE**2 * 4 / 1e9
+    what = f"{n} tiles of {NSIDE} x {NSIDE}, {size:.2f} GB as float32"
+    array = [size] * options.rounds
+    rows = [
+        Row(
+            f"published layout to array, {what}", "s", found["ours, array"], (), found["datasets"], "usual / ours >= 5"
+        ),
+        Row("... against pyarrow, one thread", "s", found["ours, array"], (), found["pyarrow"]),
+        Row("... peak memory, against the array", "GB", memory["ours, array"], array, memory["datasets"], "<= 1.15"),
+        Row("first start: read, check, write the cache", "s", found["ours, first start"], (), found["datasets"]),
+        Row("later start, against np.load", "s", found["ours, later start"], found["npy"], (), "<= 1.5"),
+        Row("... normalised, ready to train", "s", found["ours, ready to train"], found["npy"], (), "<= 1.5"),
+    ]
+    report(rows, torch.device("cpu"), options.results_dir / "reading.json")
+    shutil.rmtree(scratch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Which memory format, precision, optimiser and compiler for which network: `python benchmarks/settings.py`.
+
+Forward, backward and optimiser step on one resident random batch at 128 x 128; milliseconds per tile, and the ratio to
+what the code does by itself on this device (channels_last, float32 on a CPU and bf16 on a GPU unless
+pick_precision says otherwise, fused AdamW, not compiled). Header of the output: processor, cores, device, versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from benchmarks.measure import Row, in_turns, report, seconds
+from common.config import Backbone
+from common.device import pick_device
+from compress.model import FieldLevelCompressor
+from data.schema import N_BINS
+
+NSIDE = 128
+BATCHES: dict[Backbone, int] = {"tiny": 128, "efficientnet_b0": 64, "efficientnet_v2_s": 16}
+ROUNDS = 3
+
+
+def stepper(
+    backbone: Backbone, device: torch.device, memory_format: torch.memory_format, dtype: torch.dtype, fused: bool,
+    compiled: bool,
+) -> Callable[[], float]:  # fmt: skip
+    """A function that does a step and says how long it took, in milliseconds per tile."""
+    torch.manual_seed(0)
+    batch = BATCHES[backbone]
+    model = FieldLevelCompressor(backbone, dtype).to(device, memory_format=memory_format)
+    kappa = torch.randn(batch, N_BINS, NSIDE, NSIDE, device=device).to(memory_format=memory_format)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    network = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        loss = network(kappa).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    step()  # compiles
+    return lambda: 1e3 * min(seconds(step, device) for _ in range(2)) / batch
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as well, which needs a C++ compiler")
+    parser.add_argument("--results-dir", type=Path, default=Path("build/bench"))
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    last, first = torch.channels_last, torch.contiguous_format
+    rows = []
+    for backbone in BATCHES:
+        ways = {
+            "channels_last, float32": stepper(backbone, device, last, torch.float32, True, False),
+            "channels_first, float32": stepper(backbone, device, first, torch.float32, True, False),
+            "channels_last, bf16": stepper(backbone, device, last, torch.bfloat16, True, False),
+            "channels_first, bf16": stepper(backbone, device, first, torch.bfloat16, True, False),
+            "channels_last, float32, AdamW not fused": stepper(backbone, device, last, torch.float32, False, False),
+        }
+        if options.compile:
+            ways["channels_last, float32, compiled"] = stepper(backbone, device, last, torch.float32, True, True)
+            ways["channels_last, bf16, compiled"] = stepper(backbone, device, last, torch.bfloat16, True, True)
+        found = in_turns(ways, backbone, ROUNDS)
+        base = found["channels_last, float32"]
+        rows += [Row(f"{backbone}, {way}", "ms/tile", times, base) for way, times in found.items()]
+    report(rows, device, options.results_dir / "settings.json")
+
+
+if __name__ == "__main__":
+    main()
