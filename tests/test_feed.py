@@ -137,3 +137,11 @@ def test_a_container_has_no_more_memory_than_its_limit_leaves(
     assert common.machine.free_memory() == (1 << 28) - (1 << 27) + (1 << 20)
     (tmp_path / limit).write_text("max\n")
     assert common.machine.free_memory() > 1 << 28
+
+
+def test_what_was_read_ahead_for_an_epoch_that_was_left_is_not_taken_for_another_batch() -> None:
+    tiles = make_tiles(10, 16, 32)
+    streamed, held = dataset_of(tiles, "stream"), dataset_of(tiles, "resident")
+    next(batches(streamed, 32, torch.Generator().manual_seed(3)))  # the second batch is on its way
+    positions = torch.arange(32)
+    assert torch.equal(streamed.__getitems__(positions)[0], held.__getitems__(positions)[0])
