@@ -55,44 +55,55 @@ N_PRIOR, N_FIDUCIAL = 600, 300  # tiles; every prior-drawn one has a cosmology o
 SEED = 20250722  # of these tiles, far from the suite's
 N_DRAWS_LOG2 = 17  # importance draws where all parameters vary
 CPU = torch.device("cpu")
-# Options of both stages, and whether they get the tiles without noise as well. "default" is the recipe of the README,
-# "best" the best that was found; every other differs from that in one thing.
-TINY = "--backbone tiny --warmup-steps 200 --decay-factor 0.8"
-POWER = "--backbone power --warmup-steps 200 --decay-factor 0.8"
-LONG = "--max-epochs 60 --decay-epochs 3 --ema-decay 0.998"
-VIEWS = "--n-views 16"
-RECIPES = {
-    "default": (f"{TINY} --max-epochs 40 --decay-epochs 2", "", False),
-    "best": (f"{POWER} {LONG}", VIEWS, True),
-    "one-view": (f"{POWER} {LONG}", "", True),
-    "one-noise": (f"{POWER} {LONG}", VIEWS, False),
-    "tiny": (f"{TINY} {LONG}", VIEWS, True),
-    "short": (f"{POWER} --max-epochs 40 --decay-epochs 2", VIEWS, True),
+# "default" is the recipe of the README, "best" the best that was found; every other differs from that in one thing.
+# {epochs} and {decay} make as many steps, and as many decays, of any number of simulations.
+TINY = "--backbone tiny --warmup-steps 200"
+POWER = "--backbone power --warmup-steps 200"
+LONG = "--max-epochs {epochs} --decay-epochs {decay} --decay-factor 0.75 --ema-decay 0.998"
+EPOCHS, DECAY = 64, 4  # of LONG, for N_SIMS
+N_SIMS = 791
+VIEWS = "--n-views 4"
+COMPRESSORS = {  # options, and whether it gets the noiseless tiles
+    "default": (f"{TINY} --max-epochs 40 --decay-epochs 2 --decay-factor 0.8", False),
+    "power": (f"{POWER} {LONG}", True),
+    "one-noise": (f"{POWER} {LONG}", False),
+    "tiny": (f"{TINY} {LONG}", True),
+}
+RECIPES = {  # the compressor, and options of stage 2
+    "default": ("default", ""),
+    "best": ("power", VIEWS),
+    "one-view": ("power", ""),
+    "one-noise": ("one-noise", VIEWS),
+    "tiny": ("tiny", VIEWS),
 }
 
 
-def train(results: Path, vary: Vary, n_sims: int, recipe: str, seed: int) -> tuple[Path, Path]:
-    """Suite, stage 1 and stage 2 through their commands; the folders of both runs."""
-    tag = f"{recipe}_{seed}"
+def train(results: Path, vary: Vary, n_sims: int, recipe: str, seed: int) -> tuple[Path, Path, str]:
+    """Suite, stage 1 and stage 2 through their commands: the folders of both runs, and their options."""
+    compressor, stage_2 = RECIPES[recipe]
+    stage_1, noiseless = COMPRESSORS[compressor]
+    more = max(1, n_sims // N_SIMS)
+    stage_1 = stage_1.format(epochs=EPOCHS // more, decay=DECAY // more)
+    compressor_run = compressor_folder(results, f"{compressor}_{seed}")
+    npe_run = npe_folder(results, f"{recipe}_{seed}")
     size, level = f"--lmax {LMAX} --nside {NSIDE}", f"--noise-level {NOISE_LEVEL}"
-    compressor_run, npe_run = compressor_folder(results, tag), npe_folder(results, tag)
-    stage_1, stage_2, noiseless = RECIPES[recipe]
-    suite = (
-        f"run_mock.py {size} --geometry flat --field gaussian --vary {vary} --n-sims {n_sims} --results-dir {results}"
-    )
+    suite = f"run_mock.py {size} --geometry flat --field gaussian --vary {vary} --n-sims {n_sims}"
+    suite += f" --results-dir {results}"
     commands = [f"{suite} {level}"]
     if noiseless:
         commands.append(f"{suite} --noise-level {NOISELESS}")
         stage_1 += f" --noiseless-tiles {tiles_folder('', results, LMAX, NOISELESS)}"
+    shared = f"--seed {seed} --tag"
     if not (compressor_run / "result.json").exists():
-        commands.append(f"run_compressor.py {size} {level} {stage_1} --results-dir {results} --tag {tag} --seed {seed}")
+        where = f"--results-dir {results} {shared} {compressor_run.name}"
+        commands.append(f"run_compressor.py {size} {level} {stage_1} {where}")
     if not (npe_run / "fom_result.json").exists():
-        commands.append(f"run_npe.py --ckpt {compressor_run / 'best.ckpt'} --seed {seed} {stage_2}")
+        commands.append(f"run_npe.py --ckpt {compressor_run / 'best.ckpt'} {shared} {npe_run.name} {stage_2}")
     for command in commands:
         print(f"$ python {command}", flush=True)
         script, *options = shlex.split(command)
         subprocess.run([sys.executable, str(ROOT / script), *options], check=True)
-    return compressor_run, npe_run
+    return compressor_run, npe_run, f"{stage_1} {stage_2}".strip()
 
 
 def unseen_tiles(vary: Vary) -> tuple[np.ndarray, np.ndarray]:
@@ -193,12 +204,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vary", choices=["Omega_m,S8", "all"], default="Omega_m,S8")
     parser.add_argument("--recipe", choices=list(RECIPES), default="default")
-    parser.add_argument("--n-sims", type=int, default=791)
+    parser.add_argument("--n-sims", type=int, default=N_SIMS)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--results-dir", type=Path, default=Path("build/exact"))
     options = parser.parse_args()
     results = options.results_dir / f"{options.vary.replace(',', '_')}_{options.n_sims}"
-    compressor_run, npe_run = train(results, options.vary, options.n_sims, options.recipe, options.seed)
+    compressor_run, npe_run, used = train(results, options.vary, options.n_sims, options.recipe, options.seed)
 
     cosmo, kappa = unseen_tiles(options.vary)
     points = grid_over_prior() if options.vary == "Omega_m,S8" else draws_from_prior(N_DRAWS_LOG2, SEED)
@@ -211,8 +222,7 @@ def main() -> None:
     result |= {
         "vary": options.vary,
         "n_sims": options.n_sims,
-        "recipe": " ".join(RECIPES[options.recipe][:2]),
-        "noiseless_tiles": RECIPES[options.recipe][2],
+        "recipe": used,
         "seed": options.seed,
     }
     result |= {"device": describe_device(CPU), "versions": versions()}

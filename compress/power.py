@@ -13,6 +13,16 @@ SOFTENING = 1e-4  # of the variance of a normalised pixel; keeps the logarithm f
 BINOMIAL = (0.125, 0.375, 0.375, 0.125)  # takes away what a halved grid could not tell from larger scales
 
 
+class SymmetricConv2d(nn.Conv2d):
+    """A convolution whose kernel is the mean of its weight over the eight symmetries of the square."""
+
+    def forward(self, kappa: torch.Tensor) -> torch.Tensor:
+        kernel = self.weight + self.weight.mT
+        kernel = kernel + kernel.flip(2)
+        kernel = (kernel + kernel.flip(3)) / 8
+        return functional.conv2d(kappa, kernel)
+
+
 class PowerFilters(nn.Module):
     """Tile (B, 4, N, N) -> features (B, HIDDEN).
 
@@ -20,12 +30,13 @@ class PowerFilters(nn.Module):
     applied and their responses squared and averaged: any auto- or cross-spectrum in bands, with bands and mixtures
     learned. The logarithms go through a small MLP. For a Gaussian field on a periodic tile nothing more is to be had,
     and much less has to be learned than by a deep network; of a field's non-Gaussian information it sees little.
+    The filters have the symmetries of the square, so that turns and flips of a tile change nothing.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.filters = nn.ModuleList(
-            nn.Conv2d(N_BINS, FILTERS_PER_SCALE, FILTER_WIDTH, bias=False) for _ in range(N_SCALES)
+            SymmetricConv2d(N_BINS, FILTERS_PER_SCALE, FILTER_WIDTH, bias=False) for _ in range(N_SCALES)
         )
         n_powers = N_SCALES * FILTERS_PER_SCALE
         self.mlp = nn.Sequential(

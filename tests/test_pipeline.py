@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_suite: Path, tmp_path: Pa
 # ---------------------------------------------------------------- network
 
 
-@pytest.mark.parametrize("backbone", ["tiny", "efficientnet_b0", "efficientnet_b2", "efficientnet_v2_s"])
+@pytest.mark.parametrize("backbone", ["tiny", "power", "efficientnet_b0", "efficientnet_b2", "efficientnet_v2_s"])
 def test_backbones_take_four_bins_and_every_parameter_gets_a_gradient(backbone: str) -> None:
     torch.manual_seed(0)
     model = FieldLevelCompressor(backbone)  # type: ignore[arg-type]

@@ -51,3 +51,11 @@ def test_halving_hardly_mixes_scales() -> None:
     torch.testing.assert_close(log_powers(tile.roll(16, 1)), original, rtol=1e-8, atol=1e-8)
     second = slice(FILTERS_PER_SCALE, 2 * FILTERS_PER_SCALE)
     assert (rolled - original)[second].abs().max() < 0.1
+
+
+def test_turns_and_flips_change_nothing() -> None:
+    tile = torch.randn(4, NSIDE, NSIDE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    original = log_powers(tile)
+    for turns in range(4):
+        for flipped in (tile, tile.flip(1)):
+            torch.testing.assert_close(log_powers(flipped.rot90(turns, (1, 2))), original, rtol=1e-8, atol=1e-8)
