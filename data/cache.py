@@ -3,7 +3,8 @@
     cache/tiles.f32   kappa, float32 (n, N, N, 4), canonical order, bins fastest
     cache/tiles.npz   keys, params, moments, and what the shards were: size, identity and SHA-256 of each
 
-tiles.npz is written last and removed first, so it never stands beside pixels that it does not describe.
+tiles.npz is written last and removed first, so it never stands beside pixels that it does not describe; one process
+at a time writes, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from common.artifacts import atomic_path
 from common.errors import UserError, warn
@@ -29,7 +31,7 @@ from data.moments import Moments, empty_moments, moments_of, moments_of_chunk
 from data.schema import N_BINS, nside_of
 from data.shards import TileIndex, Tiles, read_index, read_pixels, read_tiles, shard_paths
 
-FOLDER, PIXELS, LABELS = "cache", "tiles.f32", "tiles.npz"
+FOLDER, PIXELS, LABELS, LOCK = "cache", "tiles.f32", "tiles.npz", "lock"
 FORMAT = 2
 HASHING_THREADS = 4  # hashlib lets go of the interpreter
 DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
@@ -57,13 +59,17 @@ def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: i
     before = [_identity(path) for path in paths]
     index = read_index(folder, lmax, noise_level, nside)
     try:
-        moments = _write_pixels(cache, index)
-        hashes = _hashes(paths)
-        if [_identity(path) for path in paths] == before:  # else someone writes there; the next start sees to it
-            identities = zip(paths, before, hashes, strict=True)
-            shards = {path.name: {"identity": identity, "sha256": sha256} for path, identity, sha256 in identities}
-            _write_labels(cache, index.keys, index.params, moments, wanted | {"shards": shards})
-        kappa = _mapped(cache / PIXELS, len(index.keys), index.nside)
+        cache.mkdir(exist_ok=True)
+        with FileLock(cache / LOCK):  # which a process that dies lets go of
+            if (found := _from_cache(cache, paths, wanted)) is not None:  # another one has made it meanwhile
+                return found
+            moments = _write_pixels(cache, index)
+            hashes = _hashes(paths)
+            if [_identity(path) for path in paths] == before:  # else someone writes there; the next start sees to it
+                identities = zip(paths, before, hashes, strict=True)
+                shards = {path.name: {"identity": identity, "sha256": sha256} for path, identity, sha256 in identities}
+                _write_labels(cache, index.keys, index.params, moments, wanted | {"shards": shards})
+            kappa = _mapped(cache / PIXELS, len(index.keys), index.nside)
     except OSError as error:
         size, free = _bytes_of(len(index.keys), index.nside), free_memory()
         if size > free:
@@ -97,7 +103,6 @@ def _hashes(paths: list[Path]) -> list[str]:
 
 def _write_pixels(cache: Path, index: TileIndex) -> Moments:
     moments = empty_moments(len(index.keys))
-    cache.mkdir(exist_ok=True)
     (cache / LABELS).unlink(missing_ok=True)
     writing = threading.Lock()
     with atomic_path(cache / PIXELS) as temporary, open(temporary, "wb", buffering=0) as file:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ from conftest import make_tiles, write_tiles
 import data.cache
 from common.errors import UserError
 from data.cache import FOLDER, LABELS, PIXELS, read_tiles_through_cache
-from data.shards import Tiles, read_tiles
+from data.shards import TileIndex, Tiles, read_tiles
 
 LMAX, NSIDE, LEVEL = 32, 16, "des_y3"
 
@@ -126,3 +130,23 @@ def test_an_interrupted_writing_leaves_no_cache_and_a_full_disk_is_no_failure(
     assert not (folder / FOLDER / LABELS).exists()
     assert_same(through_cache(folder), read_tiles(folder, LMAX, LEVEL))
     assert shard.exists()
+
+
+def test_several_at_once_make_it_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, decoded, original = read_tiles(folder, LMAX, LEVEL), [], data.cache.read_pixels
+    together = threading.Barrier(3)
+
+    def slowly(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None]) -> None:
+        decoded.append(threading.get_ident())
+        time.sleep(0.3)
+        original(index, put)
+
+    def start(_: int) -> Tiles:
+        together.wait()
+        return through_cache(folder)
+
+    monkeypatch.setattr(data.cache, "read_pixels", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        for tiles in pool.map(start, range(3)):
+            assert_same(tiles, expected)
+    assert len(decoded) == 1

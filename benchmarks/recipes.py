@@ -1,0 +1,102 @@
+"""Fewer passes for the same loss: `python benchmarks/recipes.py` (a quarter of an hour on two cores for tiny).
+
+Stage 1 on the 791-simulation lognormal suite at lmax 100, the long recipe and shorter ones over several seeds, judged
+on 500 fresh simulations from the same prior (data that no run and no early stopping has seen). Prints the mean squared
+error on those tiles, the ratio to the long recipe with the same seed, and the epochs of each. The suites are those of
+benchmarks/leakage.py; a finished run is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+from benchmarks.leakage import N_FRESH, N_SIMS, NOISE_LEVEL, mean_and_error, run
+from common.artifacts import compressor_folder, read_json, tiles_folder, write_json
+from common.device import describe_device, pick_device, versions
+from compress.model import load_compressor
+from compress.train import predict
+from data.cache import read_tiles_through_cache
+from data.module import whole_dataset
+from data.norm_stats import read_norm_stats
+from data.shards import Tiles
+
+LMAX = 100
+RECIPES = {  # the first is what the others are compared with
+    "long": "--max-epochs 40 --warmup-steps 200 --decay-epochs 2 --decay-factor 0.8",
+    "half": "--max-epochs 20 --warmup-steps 200 --decay-epochs 1 --decay-factor 0.8",
+    "half, averaged": "--max-epochs 20 --warmup-steps 100 --decay-epochs 1 --decay-factor 0.8 --ema-decay 0.99",
+    "third, averaged": "--max-epochs 13 --warmup-steps 100 --decay-epochs 1 --decay-factor 0.7 --ema-decay 0.99",
+}
+
+
+def judge(run_folder: Path, fresh: Tiles) -> dict[str, Any]:
+    """Losses and cost of a finished run."""
+    device = pick_device("auto")
+    result = read_json(run_folder / "result.json")
+    model = load_compressor(run_folder / "best.ckpt", device, "float32").model
+    dataset = whole_dataset(fresh, read_norm_stats(run_folder), device)
+    squared = (predict(model, dataset, 256) - dataset.theta).square().mean(dim=1).double().numpy()  # (n,)
+    return {
+        "fresh_mse": mean_and_error(squared, fresh.keys[:, 0]),
+        "val_mse": result["val_mse"],
+        "epochs": result["epochs"],
+        "seconds": result["elapsed_s"],
+    }
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """A row per recipe."""
+    lines = ["| recipe | epochs | s | val MSE | fresh MSE | fresh / long, same seed |", "|---|---|---|---|---|---|"]
+    long = [r["fresh_mse"][0] for r in next(iter(found.values()))]
+    for name, runs in found.items():
+        ratio = np.array([r["fresh_mse"][0] for r in runs]) / long[: len(runs)]
+        error = f" ± {ratio.std(ddof=1) / np.sqrt(len(ratio)):.3f}" if len(ratio) > 1 else ""
+        mean = {key: np.mean([r[key] for r in runs]) for key in ("epochs", "seconds", "val_mse")}
+        lines.append(
+            f"| {name} | {mean['epochs']:.0f} | {mean['seconds']:.0f} | {mean['val_mse']:.4f} "
+            f"| {np.mean([r['fresh_mse'][0] for r in runs]):.4f} | {ratio.mean():.3f}{error} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, judge, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--results-dir", type=Path, default=Path("build/leakage"))
+    options = parser.parse_args()
+    home = options.results_dir / "disjoint"
+    tiles = f"--lmax {LMAX} --noise-level {NOISE_LEVEL}"
+    run(f"run_mock.py {tiles} --fresh --n-sims {N_FRESH} --results-dir {options.results_dir}")
+    run(f"run_mock.py {tiles} --geometry disjoint --n-sims {N_SIMS} --results-dir {home}")
+    folder = tiles_folder("", options.results_dir, LMAX, NOISE_LEVEL, fresh=True)
+    fresh, _ = read_tiles_through_cache(folder, LMAX, NOISE_LEVEL)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.recipes}
+    for seed in range(1, options.seeds + 1):
+        for name in options.recipes:
+            tag = f"{options.backbone}_{name.replace(', ', '_')}_{seed}"
+            run_folder = compressor_folder(home, tag)
+            if not (run_folder / "result.json").exists():
+                run(
+                    f"run_compressor.py {tiles} --backbone {options.backbone} {RECIPES[name]} --seed {seed} "
+                    f"--results-dir {home} --tag {tag}"
+                )
+            found[name].append(judge(run_folder, fresh))
+        record = {"lmax": LMAX, "backbone": options.backbone, "recipes": RECIPES, "runs": found}
+        record |= {"device": describe_device(pick_device("auto")), "versions": versions()}
+        write_json(options.results_dir / f"recipes_{options.backbone}.json", record)
+        print(f"\n{seed} of {options.seeds} seeds\n{table(found)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
