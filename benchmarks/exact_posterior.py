@@ -55,37 +55,29 @@ N_PRIOR, N_FIDUCIAL = 600, 300  # tiles; every prior-drawn one has a cosmology o
 SEED = 20250722  # of these tiles, far from the suite's
 N_DRAWS_LOG2 = 17  # importance draws where all parameters vary
 CPU = torch.device("cpu")
-# "default" is the recipe of the README, "best" the best that was found; every other differs from that in one thing.
-# {epochs} and {decay} make as many steps, and as many decays, of any number of simulations.
+# Options of stage 1, and whether it gets the noiseless tiles. "default" is the recipe of the README, "best" the best that
+# was found; every other differs from that in one thing. {epochs} and {decay} make as many steps, and as many decays, of
+# any number of simulations.
 TINY = "--backbone tiny --warmup-steps 200"
 POWER = "--backbone power --warmup-steps 200"
 LONG = "--max-epochs {epochs} --decay-epochs {decay} --decay-factor 0.75 --ema-decay 0.998"
 EPOCHS, DECAY = 64, 4  # of LONG, for N_SIMS
 N_SIMS = 791
-VIEWS = "--n-views 4"
-COMPRESSORS = {  # options, and whether it gets the noiseless tiles
+RECIPES = {
     "default": (f"{TINY} --max-epochs 40 --decay-epochs 2 --decay-factor 0.8", False),
-    "power": (f"{POWER} {LONG}", True),
-    "one-noise": (f"{POWER} {LONG}", False),
+    "best": (f"{POWER} {LONG}", True),
+    "own-noise": (f"{POWER} {LONG}", False),
     "tiny": (f"{TINY} {LONG}", True),
-}
-RECIPES = {  # the compressor, and options of stage 2
-    "default": ("default", ""),
-    "best": ("power", VIEWS),
-    "one-view": ("power", ""),
-    "one-noise": ("one-noise", VIEWS),
-    "tiny": ("tiny", VIEWS),
 }
 
 
 def train(results: Path, vary: Vary, n_sims: int, recipe: str, seed: int) -> tuple[Path, Path, str]:
-    """Suite, stage 1 and stage 2 through their commands: the folders of both runs, and their options."""
-    compressor, stage_2 = RECIPES[recipe]
-    stage_1, noiseless = COMPRESSORS[compressor]
+    """Suite, stage 1 and stage 2 through their commands: the folders of both runs, and the options of stage 1."""
+    tag = f"{recipe}_{seed}"
+    stage_1, noiseless = RECIPES[recipe]
     more = max(1, n_sims // N_SIMS)
     stage_1 = stage_1.format(epochs=EPOCHS // more, decay=DECAY // more)
-    compressor_run = compressor_folder(results, f"{compressor}_{seed}")
-    npe_run = npe_folder(results, f"{recipe}_{seed}")
+    compressor_run, npe_run = compressor_folder(results, tag), npe_folder(results, tag)
     size, level = f"--lmax {LMAX} --nside {NSIDE}", f"--noise-level {NOISE_LEVEL}"
     suite = f"run_mock.py {size} --geometry flat --field gaussian --vary {vary} --n-sims {n_sims}"
     suite += f" --results-dir {results}"
@@ -93,17 +85,15 @@ def train(results: Path, vary: Vary, n_sims: int, recipe: str, seed: int) -> tup
     if noiseless:
         commands.append(f"{suite} --noise-level {NOISELESS}")
         stage_1 += f" --noiseless-tiles {tiles_folder('', results, LMAX, NOISELESS)}"
-    shared = f"--seed {seed} --tag"
     if not (compressor_run / "result.json").exists():
-        where = f"--results-dir {results} {shared} {compressor_run.name}"
-        commands.append(f"run_compressor.py {size} {level} {stage_1} {where}")
+        commands.append(f"run_compressor.py {size} {level} {stage_1} --results-dir {results} --tag {tag} --seed {seed}")
     if not (npe_run / "fom_result.json").exists():
-        commands.append(f"run_npe.py --ckpt {compressor_run / 'best.ckpt'} {shared} {npe_run.name} {stage_2}")
+        commands.append(f"run_npe.py --ckpt {compressor_run / 'best.ckpt'} --seed {seed}")
     for command in commands:
         print(f"$ python {command}", flush=True)
         script, *options = shlex.split(command)
         subprocess.run([sys.executable, str(ROOT / script), *options], check=True)
-    return compressor_run, npe_run, f"{stage_1} {stage_2}".strip()
+    return compressor_run, npe_run, stage_1
 
 
 def unseen_tiles(vary: Vary) -> tuple[np.ndarray, np.ndarray]:
