@@ -55,9 +55,9 @@ N_PRIOR, N_FIDUCIAL = 600, 300  # tiles; every prior-drawn one has a cosmology o
 SEED = 20250722  # of these tiles, far from the suite's
 N_DRAWS_LOG2 = 17  # importance draws where all parameters vary
 CPU = torch.device("cpu")
-# Options of stage 1, and whether it gets the noiseless tiles. "default" is the recipe of the README, "best" the best that
-# was found; every other differs from that in one thing. {epochs} and {decay} make as many steps, and as many decays, of
-# any number of simulations.
+# Options of stage 1, and whether it gets the noiseless tiles. "default" is the recipe of the README, "best" the best
+# that was found; every other differs from that in one thing. {epochs} and {decay} make as many steps, and as many
+# decays, of any number of simulations.
 TINY = "--backbone tiny --warmup-steps 200"
 POWER = "--backbone power --warmup-steps 200"
 LONG = "--max-epochs {epochs} --decay-epochs {decay} --decay-factor 0.75 --ema-decay 0.998"
