@@ -75,7 +75,7 @@ def train(results: Path, vary: Vary, n_sims: int, recipe: str, seed: int) -> tup
     """Suite, stage 1 and stage 2 through their commands: the folders of both runs, and the options of stage 1."""
     tag = f"{recipe}_{seed}"
     stage_1, noiseless = RECIPES[recipe]
-    more = max(1, n_sims // N_SIMS)
+    more = max(1, round(n_sims / N_SIMS))
     stage_1 = stage_1.format(epochs=EPOCHS // more, decay=DECAY // more)
     compressor_run, npe_run = compressor_folder(results, tag), npe_folder(results, tag)
     size, level = f"--lmax {LMAX} --nside {NSIDE}", f"--noise-level {NOISE_LEVEL}"
