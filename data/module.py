@@ -207,6 +207,11 @@ def read_signal(folder: Path, tiles: Tiles) -> Tiles:
     Raises:
         UserError: bad shards, other tiles, or a difference that is not noise: one that does not add its variance.
     """
+    if not any(folder.glob("shard_*.parquet")):
+        raise UserError(
+            f"--noiseless-tiles {folder} has no shard_*.parquet; `python run_mock.py --noise-level {NOISELESS}` with the "
+            "suite's other options makes them"
+        )
     signal, _ = read_tiles_through_cache(folder, tiles.lmax, NOISELESS, tiles.kappa.shape[-1])
     if not (np.array_equal(signal.keys, tiles.keys) and np.array_equal(signal.params, tiles.params)):
         raise UserError(f"--noiseless-tiles {folder} holds other simulations than the tiles; make both from one suite")
