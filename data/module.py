@@ -209,8 +209,8 @@ def read_signal(folder: Path, tiles: Tiles) -> Tiles:
     """
     if not any(folder.glob("shard_*.parquet")):
         raise UserError(
-            f"--noiseless-tiles {folder} has no shard_*.parquet; `python run_mock.py --noise-level {NOISELESS}` with the "
-            "suite's other options makes them"
+            f"--noiseless-tiles {folder} has no shard_*.parquet; `python run_mock.py --noise-level {NOISELESS}` with "
+            "the suite's other options makes them"
         )
     signal, _ = read_tiles_through_cache(folder, tiles.lmax, NOISELESS, tiles.kappa.shape[-1])
     if not (np.array_equal(signal.keys, tiles.keys) and np.array_equal(signal.params, tiles.params)):
