@@ -140,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lmax", type=int, default=100)
     parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--n-sims", type=int, default=N_SIMS, help="fewer are sooner memorised")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--recipe", default="--max-epochs 25 --warmup-steps 200 --decay-epochs 2 --decay-factor 0.75")
@@ -147,9 +148,14 @@ def main() -> None:
     options = parser.parse_args()
     lmax, results = options.lmax, options.results_dir
     tiles = f"--lmax {lmax} --noise-level {NOISE_LEVEL}"
+
+    def home_of(geometry: str) -> Path:
+        return results / (geometry if options.n_sims == N_SIMS else f"{geometry}_{options.n_sims}")
+
     run(f"run_mock.py {tiles} --fresh --n-sims {N_FRESH} --results-dir {results}")
     for geometry in GEOMETRIES:
-        run(f"run_mock.py {tiles} --geometry {geometry} --n-sims {N_SIMS} --results-dir {results / geometry}")
+        home = home_of(geometry)
+        run(f"run_mock.py {tiles} --geometry {geometry} --n-sims {options.n_sims} --results-dir {home}")
     fresh = read_tiles(tiles_folder("", results, lmax, NOISE_LEVEL, fresh=True), lmax, NOISE_LEVEL)
     fiducial = fiducial_tiles(lmax)
 
@@ -158,7 +164,7 @@ def main() -> None:
         for geometry, split in CONFIGURATIONS:
             if split not in options.splits:
                 continue
-            tag, home = f"{options.backbone}_lmax{lmax}_{split}_{seed}", results / geometry
+            tag, home = f"{options.backbone}_lmax{lmax}_{split}_{seed}", home_of(geometry)
             run_folder, npe_run = compressor_folder(home, tag), npe_folder(home, tag)
             if not (run_folder / "result.json").exists():
                 run(
@@ -168,9 +174,15 @@ def main() -> None:
             if not (npe_run / "fom_result.json").exists():
                 run(f"run_npe.py --ckpt {run_folder / 'best.ckpt'} --seed {seed}")
             found.setdefault(f"{geometry}, {split}", []).append(judge(run_folder, npe_run, fresh, fiducial))
-        record = {"lmax": lmax, "backbone": options.backbone, "recipe": options.recipe, "runs": found}
+        record = {
+            "lmax": lmax,
+            "n_sims": options.n_sims,
+            "backbone": options.backbone,
+            "recipe": options.recipe,
+            "runs": found,
+        }
         record |= {"n_bootstrap": N_BOOTSTRAP, "device": describe_device(pick_device("auto")), "versions": versions()}
-        write_json(results / f"leakage_{options.backbone}.json", record)
+        write_json(results / f"leakage_{options.backbone}_{options.n_sims}.json", record)
         print(f"\n{seed} of {options.seeds} seeds\n{table(found)}\n", flush=True)
 
 
