@@ -8,7 +8,6 @@ channels_last) per tile. Header of the table: processor, cores, versions.
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,19 +19,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from benchmarks.measure import processor
 from common.device import pick_device, versions
 from compress.model import FieldLevelCompressor
 from data.schema import LMAX_TO_NSIDE, N_BINS, TILES_PER_SIM
 
 N_SUITE = 791
 BATCH = {128: 64, 256: 16, 512: 4}
-
-
-def processor() -> str:
-    """Model name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
 def mock_cost(lmax: int) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from common.artifacts import tiles_folder
 from common.config import CheckConfig
 from common.errors import UserError
-from data.moments import Moments, moments_of
+from data.moments import Moments, moments_of, square_symmetries
 from data.schema import FACES, PARAM_NAMES
 from data.shards import Tiles, read_orientations, read_tiles
 from data.sky import Orientations, covered_patches, overlap_matrix
@@ -285,14 +285,6 @@ def shared_sky_pairs(keys: np.ndarray, orientations: Orientations) -> np.ndarray
 
 
 # ---------------------------------------------------------------- pixels
-
-
-def square_symmetries(tile: np.ndarray) -> Iterator[np.ndarray]:
-    """Views (..., N, N) of a tile under the eight symmetries of the square, the tile itself first."""
-    for turned in (tile, tile.swapaxes(-1, -2)):
-        for rows in (1, -1):
-            for cols in (1, -1):
-                yield turned[..., ::rows, ::cols]
 
 
 def twin_pairs(kappa: np.ndarray, moments: Moments) -> np.ndarray:

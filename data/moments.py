@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -76,12 +77,18 @@ def moments_of_chunk(kappa: np.ndarray) -> Moments:
     return moments
 
 
+def square_symmetries(tile: np.ndarray) -> Iterator[np.ndarray]:
+    """Views (..., N, N) of a tile under the eight symmetries of the square, the tile itself first."""
+    for turned in (tile, tile.swapaxes(-1, -2)):
+        for rows in (1, -1):
+            for cols in (1, -1):
+                yield turned[..., ::rows, ::cols]
+
+
 @lru_cache(maxsize=2)
 def _symmetric_weights(nside: int) -> np.ndarray:
     """Random weights of unit rms with the symmetries of the square, (N_SKETCHES, N * N * 4)."""
     weights = np.random.default_rng(SKETCH_SEED).standard_normal((N_SKETCHES, N_BINS, nside, nside))
-    weights = weights + weights.swapaxes(-1, -2)
-    weights = weights + weights[..., ::-1, :]
-    weights = weights + weights[..., ::-1]
+    weights = np.add.reduce(list(square_symmetries(weights)))  # (N_SKETCHES, 4, N, N)
     weights = weights.transpose(0, 2, 3, 1).reshape(N_SKETCHES, -1)  # (N_SKETCHES, N * N * 4)
     return weights / np.sqrt(np.square(weights).mean(axis=1, keepdims=True))

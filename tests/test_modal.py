@@ -106,6 +106,6 @@ def test_both_stages_run_inside_their_functions(small_suite: Path) -> None:
 )
 def test_paths_mean_the_volume_in_a_container(path: str) -> None:
     config = remote._on_volume(NPEConfig(ckpt=path, tiles_dir=path, calibration_tiles=path, noiseless_tiles=path))
-    for moved in (config.ckpt, config.tiles_dir, config.calibration_tiles):
+    for moved in (config.ckpt, config.tiles_dir, config.calibration_tiles, config.noiseless_tiles):
         assert moved == "/results/field_compressor_runs/t/best.ckpt"
     assert config.results_dir == "/results"
