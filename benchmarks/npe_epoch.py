@@ -76,7 +76,7 @@ def measure(backbone: Backbone, n_train: int, n_single: int, device: torch.devic
     with tempfile.TemporaryDirectory() as folder:
 
         def train(data: CompressedTileDataModule) -> None:
-            fit(data, config, Path(folder), "", lambda: None, device)
+            fit(data, config, {}, Path(folder), "", lambda: None, device)
 
         found = in_turns(
             {

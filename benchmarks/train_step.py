@@ -82,12 +82,15 @@ def measure(
     dtype = pick_precision(precision, device)
     model = FieldLevelCompressor(backbone, dtype).to(device)
     tiles = random_tiles((n_steps + n_val) * batch, nside)
-    everything = whole_dataset(tiles, NormStats((0.0,) * 4, (1.0,) * 4, (0.5, 0.5), (1.0, 1.0)), device, dtype)
+    stats = NormStats((0.0,) * 4, (1.0,) * 4, (0.5, 0.5), (1.0, 1.0))
+    everything = whole_dataset(tiles, stats, device, dtype)
     train_rows, val_rows = np.split(np.arange(len(tiles.keys)), [n_steps * batch])
     train_ds, val_ds = (
         TileDataset(everything.source, everything.theta, rows, device) for rows in (train_rows, val_rows)
     )
-    data = SimpleNamespace(compressor_train_ds=train_ds, npe_train_ds=val_ds, manifest=SimpleNamespace(sha256="0" * 64))
+    data = SimpleNamespace(
+        compressor_train_ds=train_ds, npe_train_ds=val_ds, manifest=SimpleNamespace(sha256=""), norm_stats=stats
+    )
     kappa = torch.randn(batch, N_BINS, nside, nside, device=device).to(memory_format=torch.channels_last)
     theta = torch.randn(batch, 2, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -105,7 +108,7 @@ def measure(
                 model(one)
 
     def ours(folder: Path) -> None:
-        fit(model, data, config, EarlyStopping(5), folder, lambda: None)  # type: ignore[arg-type]
+        fit(model, data, config, {}, EarlyStopping(5), folder, lambda: None)  # type: ignore[arg-type]
 
     def limit() -> None:
         model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from filelock import FileLock, Timeout
+
+from common.errors import UserError, warn
 
 COMPRESSOR_RUNS = "field_compressor_runs"
 NPE_RUNS = "field_npe_runs"
@@ -43,6 +46,40 @@ def refuse_finished_run(folder: Path, result_file: str, restart: bool) -> None:
         raise UserError(f"{folder} holds a finished run; add --restart to replace it, or --tag NAME to keep both")
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Within, no other process can claim the folder; one that dies lets go of it.
+
+    The lock is the file .{name}.lock beside the folder, which stays there and means nothing by itself.
+
+    Raises:
+        UserError: another process has it, or nothing can be written there.
+    """
+    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process is writing {folder}; wait for it, or choose another --tag") from None
+    except NotImplementedError:
+        warn(f"{folder.parent} is on a file system without locks: see to it that no other process writes {folder}")
+    except OSError as error:
+        raise CannotWriteError(folder, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class CannotWriteError(UserError):
+    """A file or folder that the system will not let us write."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        cure = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "give write permission"
+        self.reason = error.strerror or str(error)
+        super().__init__(f"cannot write {path} ({self.reason}); {cure} there, or choose another --results-dir")
+
+
 def make_empty_folder(folder: Path) -> None:
     """Make a folder, or empty it: to be called once all input has proved good.
 
@@ -54,12 +91,16 @@ def make_empty_folder(folder: Path) -> None:
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot write {folder} ({error.strerror}); choose another --results-dir") from None
+        raise CannotWriteError(folder, error) from None
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; on success it is synced and takes the name `path`."""
+    """A temporary path beside `path` to write to; on success it is synced and takes the name `path`.
+
+    Raises:
+        UserError: the disk is full, read-only or gone; what had the name before is still there.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -67,6 +108,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        raise CannotWriteError(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -107,3 +150,9 @@ def sha256_of_json(content: Any) -> str:
     return hashlib.sha256(
         json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     ).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,8 +21,8 @@ def save_checkpoint(path: Path, kind: str, content: dict[str, Any]) -> None:
         kind: what it holds ("compressor", "npe"); checked when it is loaded.
         content: tensors, numbers, strings, and dicts and lists of them.
     """
-    with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, "kind": kind, **content}, temporary)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # a file of Python's: its errors are OSErrors
+        torch.save({"format": FORMAT, "kind": kind, **content}, file)
 
 
 def load_checkpoint(path: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:

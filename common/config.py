@@ -30,6 +30,12 @@ Field = Literal["lognormal", "gaussian"]
 Vary = Literal["all", "Omega_m,S8"]
 
 FIDUCIAL_SIM_ID = 109
+# Options that may change when an interrupted run goes on: where files lie, and what does not touch the result.
+# The tiles and the compressor themselves are compared by their hashes.
+FREE_TO_CHANGE = {
+    "results_dir", "tiles_dir", "noiseless_tiles", "calibration_tiles", "ckpt", "tag", "restart", "feed",
+    "checkpoint_seconds",
+}  # fmt: skip
 
 
 def option(
@@ -127,6 +133,13 @@ class TrainingOptions(SharedOptions):
     feed: Feed = option(
         "auto", "tiles are held on the device (resident) or read batch by batch (stream); auto holds them if they fit"
     )
+    checkpoint_seconds: float = option(
+        60.0, "save last.ckpt at most so often; a killed run goes on from it with the same command"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _not_negative(self, "checkpoint_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +229,21 @@ class NPEConfig(TrainingOptions, WritingOptions):
 
 
 Config = TypeVar("Config", bound=SharedOptions)
+
+
+def begun_with(config: SharedOptions) -> dict[str, Any]:
+    """The options that make a run what it is."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
+
+
+def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What differs between two sets of options, in words; empty if nothing does."""
+    names = list(dict.fromkeys([*there, *here]))
+    return ", ".join(
+        f"{_flag(name)} {there.get(name)} there, {here.get(name)} here"
+        for name in names
+        if there.get(name) != here.get(name)
+    )
 
 
 def _flag(name: str) -> str:

@@ -35,3 +35,11 @@ class EarlyStopping:
     def should_stop(self) -> bool:
         """True once `patience` epochs in a row brought no new best."""
         return self.epochs_since_best >= self.patience
+
+    def state_dict(self) -> dict[str, float]:
+        """All that `update` changes."""
+        return {name: value for name, value in vars(self).items() if name != "patience"}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Back to where `state_dict` was taken."""
+        vars(self).update(state_dict)

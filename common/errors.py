@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this; lines on stderr."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
+
+from common.interrupt import Interrupted, listening
 
 P = ParamSpec("P")
 
@@ -17,26 +19,34 @@ class UserError(Exception):
 def exit_on_user_error(command: Callable[P, None]) -> Callable[P, None]:
     """Run a command so that a UserError becomes one line on stderr and exit code 2, no traceback.
 
-    Ctrl-C likewise: one line and exit code 130, the shell's code for it.
+    Being stopped likewise: one line and exit code 130 (SIGINT) or 143 (SIGTERM), the shell's codes for it.
     """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with listening():
+                command(*args, **kwargs)
         except UserError as error:
             _die(f"error: {error}", 2)
-        except KeyboardInterrupt:
-            _die("interrupted", 130)
+        except Interrupted as stop:
+            _die(str(stop), stop.exit_code)
+        except OSError as error:  # the disk is full, gone, or not ours
+            _die(f"error: {error.filename or 'a file'}: {error.strerror or error}; see to the disk and start again", 2)
 
     return run
 
 
 def warn(message: str) -> None:
     """One line that the user should see, on stderr."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    say(f"warning: {message}")
+
+
+def say(message: str) -> None:
+    """One line on stderr, where the progress goes too."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def _die(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
+    say(message)
     raise SystemExit(code)

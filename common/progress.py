@@ -12,6 +12,8 @@ from typing import Self
 import numpy as np
 from tqdm import tqdm
 
+from common.artifacts import atomic_path
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -60,6 +62,12 @@ class Progress:
             file=sys.stderr,
             flush=True,
         )
+
+
+def write_metrics(path: Path, lines: list[dict[str, float | int]]) -> None:
+    """Write metrics.jsonl whole."""
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def append_metrics(path: Path, metrics: dict[str, float | int]) -> None:

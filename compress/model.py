@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 
+from common.artifacts import sha256_of_file
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.config import Backbone, CompressorConfig, Precision
 from common.device import autocast, pick_precision
@@ -19,6 +20,7 @@ from data.schema import N_BINS, THETA_NAMES
 
 CHECKPOINT_NAME = "best.ckpt"
 KIND = "compressor"
+HASHES = ("manifest_sha256", "norm_stats_sha256")
 
 
 def _tiny() -> EfficientNet:
@@ -72,23 +74,30 @@ def _conv_for_bins(stem: nn.Conv2d) -> nn.Conv2d:
 
 @dataclass(frozen=True)
 class TrainedCompressor:
-    """What best.ckpt holds."""
+    """What best.ckpt holds; `sha256` is that of the file."""
 
     model: FieldLevelCompressor
     config: CompressorConfig
     manifest_sha256: str
+    norm_stats_sha256: str
     epoch: int
     val_mse: float
+    sha256: str
 
 
 def save_compressor(
-    path: Path, model: FieldLevelCompressor, config: CompressorConfig, manifest_sha256: str, epoch: int, val_mse: float
+    path: Path,
+    model: FieldLevelCompressor,
+    config: CompressorConfig,
+    hashes: dict[str, str],
+    epoch: int,
+    val_mse: float,
 ) -> None:
-    """Write best.ckpt."""
+    """Write best.ckpt; `hashes` are those of the files that belong to it, named as HASHES."""
     content = {
         "model": model.state_dict(),
         "config": asdict(config),
-        "manifest_sha256": manifest_sha256,
+        **hashes,
         "epoch": epoch,
         "val_mse": val_mse,
     }
@@ -101,7 +110,7 @@ def load_compressor(path: Path, device: torch.device, precision: Precision) -> T
     Raises:
         UserError: not a compressor checkpoint, or one whose weights do not fit its config.
     """
-    content = load_checkpoint(path, KIND, ("model", "config", "manifest_sha256", "epoch", "val_mse"))
+    content = load_checkpoint(path, KIND, ("model", "config", *HASHES, "epoch", "val_mse"))
     try:
         config = CompressorConfig(**content["config"])
         model = FieldLevelCompressor(config.backbone, pick_precision(precision, device))
@@ -109,4 +118,12 @@ def load_compressor(path: Path, device: torch.device, precision: Precision) -> T
     except (TypeError, RuntimeError, AttributeError):
         raise UserError(f"{path}: weights and options in it do not belong together; run stage 1 again") from None
     model = model.to(device).eval()
-    return TrainedCompressor(model, config, content["manifest_sha256"], content["epoch"], content["val_mse"])
+    return TrainedCompressor(
+        model,
+        config,
+        content["manifest_sha256"],
+        content["norm_stats_sha256"],
+        content["epoch"],
+        content["val_mse"],
+        sha256_of_file(path),
+    )

@@ -14,17 +14,25 @@ import torch
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from common.artifacts import compressor_folder, make_empty_folder, refuse_finished_run, tiles_folder, write_json
-from common.config import CompressorConfig
+from common.artifacts import (
+    claimed,
+    compressor_folder,
+    make_empty_folder,
+    refuse_finished_run,
+    tiles_folder,
+    write_json,
+)
+from common.config import CompressorConfig, begun_with
 from common.device import describe_device, pick_device, pick_precision, seeded_generator, versions
 from common.early_stopping import EarlyStopping
 from common.errors import UserError, warn
 from common.figures import draw_loss_curves
-from common.progress import Progress, append_metrics
+from common.progress import Progress, append_metrics, write_metrics
+from common.resume import LastCheckpoint, Position, resumable
 from common.schedule import ema_decay_at, lr_at
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, load_compressor, save_compressor
 from compress.pictures import draw_predictions
-from data.module import TileDataModule, TileDataset, batches, n_batches
+from data.module import TileDataModule, TileDataset, batch_positions, batches, n_batches
 from data.norm_stats import write_norm_stats
 from data.split import write_manifest
 
@@ -44,12 +52,19 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
     Raises:
         UserError: bad input, a finished run of the same tag, or a loss that is not finite.
     """
-    start = time.monotonic()
     folder = compressor_folder(config.results_dir, config.run_tag)
-    refuse_finished_run(folder, RESULT_NAME, config.restart)
+    with claimed(folder):
+        refuse_finished_run(folder, RESULT_NAME, config.restart)
+        return _train(config, folder, on_checkpoint)
+
+
+def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], None]) -> dict[str, Any]:
     device = pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    options = begun_with(config) | {"precision": str(dtype).removeprefix("torch.")}
+    goes_on = resumable(folder, options, config.restart)
     torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
-    model = FieldLevelCompressor(config.backbone, pick_precision(config.precision, device)).to(device)
+    model = FieldLevelCompressor(config.backbone, dtype).to(device)
     tiles_dir = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level)
     data = TileDataModule(
         tiles_dir,
@@ -61,7 +76,7 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         split_seed=config.split_seed,
         split_by=config.split_by,
         device=device,
-        dtype=model.dtype,
+        dtype=dtype,
         feed=config.feed,
         noiseless_dir=Path(config.noiseless_tiles) if config.noiseless_tiles else None,
     )
@@ -70,12 +85,13 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         warn(warning)
     if len(data.fiducial_ds) == 0:
         warn(f"{tiles_dir} has no simulation {config.fiducial_sim_id}: stage 2 will find no fiducial tiles and refuse")
-    make_empty_folder(folder)
+    if not goes_on:
+        make_empty_folder(folder)
     write_manifest(folder, data.manifest)
     write_norm_stats(folder, data.norm_stats)
 
     stopper = EarlyStopping(config.patience)
-    epochs = fit(model, data, config, stopper, folder, on_checkpoint)
+    last = fit(model, data, config, options, stopper, folder, on_checkpoint)
 
     model = load_compressor(folder / CHECKPOINT_NAME, device, config.precision).model
     splits = {"train": data.compressor_train_ds, "val": data.npe_train_ds, "test": data.test_ds}
@@ -89,10 +105,10 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         "noise_level": config.noise_level,
         "backbone": config.backbone,
         **mse,
-        "epochs": epochs,
+        "epochs": last.position.epoch,
         "best_epoch": stopper.best_epoch,
         "stopped": "early stopping" if stopper.should_stop() else "max_epochs",
-        "elapsed_s": round(time.monotonic() - start, 1),
+        "elapsed_s": round(last.elapsed_s(), 1),
         "n_tiles": {name: len(dataset) for name, dataset in splits.items()} | {"fiducial": len(data.fiducial_ds)},
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "audit": data.audit.to_json(),
@@ -123,6 +139,7 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
         folder / "predicted_vs_true.png",
     )
     write_json(folder / RESULT_NAME, result)
+    last.path.unlink(missing_ok=True)
     on_checkpoint()
     return result
 
@@ -131,11 +148,12 @@ def fit(
     model: FieldLevelCompressor,
     data: TileDataModule,
     config: CompressorConfig,
+    options: dict[str, Any],
     stopper: EarlyStopping,
     folder: Path,
     on_checkpoint: Callable[[], None],
-) -> int:
-    """The training loop; writes best.ckpt and metrics.jsonl. Returns the number of epochs that were run.
+) -> LastCheckpoint:
+    """The training loop; writes best.ckpt, last.ckpt and metrics.jsonl. Goes on from last.ckpt if there is one.
 
     With --ema-decay, what is validated and saved is a moving average of weights and BatchNorm statistics: after every
     step average <- d average + (1 - d) weights, with d from ema_decay_at.
@@ -143,9 +161,9 @@ def fit(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    shuffle, augment, theta_noise = (
-        seeded_generator(config.seed, f"compressor {purpose}") for purpose in ("shuffle", "augment", "theta noise")
-    )
+    average = AveragedModel(model, use_buffers=True)
+    judged = cast(FieldLevelCompressor, average.module) if config.ema_decay else model
+    augment, theta_noise = (seeded_generator(config.seed, f"compressor {name}") for name in ("augment", "theta noise"))
     train_ds = data.compressor_train_ds.augmented(augment)
     steps_per_epoch = n_batches(len(train_ds), config.batch_size)
     schedule = partial(
@@ -156,16 +174,26 @@ def fit(
         decay_factor=config.decay_factor,
         decay_epochs=config.decay_epochs,
     )
-    average = AveragedModel(model, use_buffers=True)
-    judged = cast(FieldLevelCompressor, average.module) if config.ema_decay else model
-    step, epoch = 0, 0
-    with Progress("training the compressor", config.max_epochs * steps_per_epoch, "steps") as progress:
-        for epoch in range(config.max_epochs):
+    hashes = {"manifest_sha256": data.manifest.sha256, "norm_stats_sha256": data.norm_stats.sha256}
+    last = LastCheckpoint(
+        folder,
+        options | hashes,
+        {"model": model, "optimizer": optimizer, "average": average, "stopper": stopper},
+        {"augment": augment, "theta noise": theta_noise},
+        config.checkpoint_seconds,
+        on_checkpoint,
+    )
+    at = last.restore()
+    write_metrics(folder / METRICS_NAME, at.metrics)
+    n_steps = config.max_epochs * steps_per_epoch
+    with Progress("training the compressor", n_steps, "steps") as progress, last.saved_when_interrupted():
+        step = at.epoch * steps_per_epoch + at.batch
+        progress.advance(step)
+        while at.epoch < config.max_epochs and not stopper.should_stop():
             epoch_start = time.monotonic()
             model.train()
-            losses = []
-            for kappa, theta in batches(train_ds, config.batch_size, shuffle):
-                optimizer.param_groups[0]["lr"] = lr = schedule(step)
+            for kappa, theta in batches(train_ds, config.batch_size, _shuffle(config, at.epoch), first=at.batch):
+                optimizer.param_groups[0]["lr"] = schedule(step)
                 noise = config.theta_noise * torch.randn(theta.shape, generator=theta_noise)
                 loss = functional.mse_loss(model(kappa), theta + noise.to(theta.device))
                 optimizer.zero_grad(set_to_none=True)
@@ -174,40 +202,51 @@ def fit(
                 if config.ema_decay:
                     average.multi_avg_fn = get_ema_multi_avg_fn(ema_decay_at(step, config.ema_decay))
                     average.update_parameters(model)
-                losses.append(loss.detach())
                 step += 1
+                at.next_batch(loss)
+                last.save_if_due()
                 progress.advance()
 
-            train_loss = _finite_mean(losses, epoch, folder)
+            train_loss = _finite_mean(at, data, config, folder)
             val_mse = mean_squared_error(judged, data.npe_train_ds, config.batch_size)
-            if stopper.update(val_mse, epoch):
-                save_compressor(folder / CHECKPOINT_NAME, judged, config, data.manifest.sha256, epoch, val_mse)
-                on_checkpoint()
-            seconds = round(time.monotonic() - epoch_start, 3)
-            append_metrics(
-                folder / METRICS_NAME,
-                {"epoch": epoch, "train_loss": train_loss, "val_mse": val_mse, "lr": lr, "seconds": seconds},
-            )
-            progress.advance(0, f"epoch {epoch}, val_mse {val_mse:.4f}, best {stopper.best_loss:.4f}")
-            if stopper.should_stop():
-                break
-    return epoch + 1
+            if stopper.update(val_mse, at.epoch):
+                save_compressor(folder / CHECKPOINT_NAME, judged, config, hashes, at.epoch, val_mse)
+            metrics = {
+                "epoch": at.epoch,
+                "train_loss": train_loss,
+                "val_mse": val_mse,
+                "lr": optimizer.param_groups[0]["lr"],
+                "seconds": round(time.monotonic() - epoch_start, 3),
+            }
+            append_metrics(folder / METRICS_NAME, metrics)
+            at.next_epoch(metrics)
+            last.save_if_due()
+            progress.advance(0, f"epoch {metrics['epoch']}, val_mse {val_mse:.4f}, best {stopper.best_loss:.4f}")
+    write_metrics(folder / METRICS_NAME, at.metrics)
+    return last
 
 
-def _finite_mean(losses: list[torch.Tensor], epoch: int, folder: Path) -> float:
+def _shuffle(config: CompressorConfig, epoch: int) -> torch.Generator:
+    return seeded_generator(config.seed, f"compressor shuffle {epoch}")
+
+
+def _finite_mean(at: Position, data: TileDataModule, config: CompressorConfig, folder: Path) -> float:
     """Mean loss of an epoch, looked at once per epoch so that a GPU never waits for Python.
 
     Raises:
-        UserError: a loss was NaN or infinite.
+        UserError: a loss was NaN or infinite; names the tiles of the first such batch.
     """
-    values = torch.stack(losses)
-    if not (finite := values.isfinite()).all():
-        batch = int((~finite).int().argmax())
+    losses = torch.stack(at.losses)
+    if not (finite := losses.isfinite()).all():
+        batch, dataset = int((~finite).int().argmax()), data.compressor_train_ds
+        positions = batch_positions(len(dataset), config.batch_size, _shuffle(config, at.epoch))[batch]
+        keys = data.tiles.keys[dataset.rows[positions].numpy()]  # (B, 3)
         raise UserError(
-            f"the loss became {float(values[batch])} in epoch {epoch}, batch {batch}; "
-            f"the best weights so far, if any, are in {folder}; try a lower --learning-rate or longer --warmup-steps"
+            f"the loss became {float(losses[batch])} in epoch {at.epoch}, batch {batch}; the best weights so far, if "
+            f"any, are in {folder}; try --restart with a lower --learning-rate or longer --warmup-steps, and look at "
+            f"the batch's tiles (sim/orientation/tile): {' '.join('/'.join(map(str, key)) for key in keys.tolist())}"
         )
-    return float(values.mean())
+    return float(losses.mean())
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ at a time writes, and the others wait for it.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import threading
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from common.artifacts import atomic_path
+from common.artifacts import CannotWriteError, atomic_path, sha256_of_file
 from common.errors import UserError, warn
 from common.machine import free_memory
 from data.moments import Moments, empty_moments, moments_of, moments_of_chunk
@@ -70,15 +69,16 @@ def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: i
                 shards = {path.name: {"identity": identity, "sha256": sha256} for path, identity, sha256 in identities}
                 _write_labels(cache, index.keys, index.params, moments, wanted | {"shards": shards})
             kappa = _mapped(cache / PIXELS, len(index.keys), index.nside)
-    except OSError as error:
+    except (OSError, CannotWriteError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.reason
         size, free = _bytes_of(len(index.keys), index.nside), free_memory()
         if size > free:
             raise UserError(
-                f"no cache in {cache} ({error.strerror}), and the tiles take {size / 1e9:.1f} GB where "
+                f"no cache in {cache} ({reason}), and the tiles take {size / 1e9:.1f} GB where "
                 f"{free / 1e9:.1f} GB of memory are free; make room or give write permission there, or copy the "
                 "shards elsewhere and name that folder as --tiles-dir"
             ) from None
-        warn(f"no cache in {cache} ({error.strerror}): the next start will read the shards again")
+        warn(f"no cache in {cache} ({reason}): the next start will read the shards again")
         tiles = read_tiles(folder, lmax, noise_level, nside)
         return tiles, moments_of(tiles.kappa)
     return Tiles(kappa, index.keys, index.params, lmax, noise_level), moments
@@ -92,13 +92,8 @@ def _identity(path: Path) -> list[int]:
 
 def _hashes(paths: list[Path]) -> list[str]:
     """SHA-256 of every file."""
-
-    def sha256(path: Path) -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        return list(pool.map(sha256, paths))
+        return list(pool.map(sha256_of_file, paths))
 
 
 def _write_pixels(cache: Path, index: TileIndex) -> Moments:

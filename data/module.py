@@ -12,6 +12,7 @@ import torch
 
 from common.config import Feed, SplitBy, TileGeometry
 from common.errors import UserError
+from common.interrupt import check
 from common.machine import free_memory
 from common.progress import Progress
 from data.audit import Audit, audit_tiles
@@ -124,11 +125,15 @@ def n_batches(n: int, batch_size: int) -> int:
 
 
 def batches(
-    dataset: Batched, batch_size: int, shuffle: torch.Generator | None = None
+    dataset: Batched, batch_size: int, shuffle: torch.Generator | None = None, first: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of what a data set gives for a batch: (kappa (B, 4, N, N), theta (B, 2)) or (summary (B, 2), theta)."""
-    order = batch_positions(len(dataset), batch_size, shuffle)
+    """One epoch of what a data set gives for a batch: (kappa (B, 4, N, N), theta (B, 2)) or (summary (B, 2), theta).
+
+    It begins with batch number `first`. Between two batches, where nothing is half done, a signal that waits is heard.
+    """
+    order = batch_positions(len(dataset), batch_size, shuffle)[first:]
     for positions, following in zip_longest(order, order[1:]):
+        check()
         batch = dataset.__getitems__(positions)
         if following is not None:
             dataset.prefetch(following)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.artifacts import read_json, write_json
+from common.artifacts import read_json, sha256_of_json, write_json
 from common.errors import UserError
 from data.moments import Moments
 from data.schema import N_BINS, THETA_NAMES
@@ -28,6 +28,11 @@ class NormStats:
     tile_std: tuple[float, ...]
     theta_mean: tuple[float, ...]
     theta_std: tuple[float, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the numbers; checkpoints carry it."""
+        return sha256_of_json({name: list(values) for name, values in asdict(self).items()})
 
     def normalise_theta(self, theta: np.ndarray) -> np.ndarray:
         """(..., 2) physical to normalised."""
@@ -68,26 +73,27 @@ def compute_norm_stats(theta: np.ndarray, moments: Moments) -> NormStats:
 
 def write_norm_stats(folder: Path, stats: NormStats) -> None:
     """Write norm_stats.json."""
-    write_json(folder / NORM_STATS_NAME, asdict(stats))
+    write_json(folder / NORM_STATS_NAME, asdict(stats) | {"sha256": stats.sha256})
 
 
 def read_norm_stats(folder: Path) -> NormStats:
     """Read norm_stats.json.
 
     Raises:
-        UserError: missing, or not four and two finite numbers with positive standard deviations.
+        UserError: missing, changed since it was written, or not four and two finite numbers with positive standard
+            deviations.
     """
     path = folder / NORM_STATS_NAME
     content = read_json(path)
     lengths = {"tile_mean": N_BINS, "tile_std": N_BINS, "theta_mean": len(THETA_NAMES), "theta_std": len(THETA_NAMES)}
     try:
-        values = {name: tuple(float(v) for v in content[name]) for name in lengths}
-        good = set(content) == set(lengths) and all(
-            len(values[name]) == length and np.isfinite(values[name]).all() for name, length in lengths.items()
-        )
-        good = good and min(values["tile_std"] + values["theta_std"]) > 0
-    except (KeyError, TypeError, ValueError):
+        stats = NormStats(**{name: tuple(float(v) for v in content[name]) for name in lengths})
+        good = content == {name: list(values) for name, values in asdict(stats).items()} | {"sha256": stats.sha256}
+        good = good and all(len(getattr(stats, name)) == length for name, length in lengths.items())
+        good = good and np.isfinite(np.concatenate([getattr(stats, name) for name in lengths])).all()
+        good = good and min(stats.tile_std + stats.theta_std) > 0
+    except (KeyError, TypeError, ValueError, OverflowError):
         good = False
     if not good:
-        raise UserError(f"{path} is not what stage 1 writes ({', '.join(lengths)}); run stage 1 again")
-    return NormStats(**values)
+        raise UserError(f"{path} is not what stage 1 wrote (its hash does not fit); run stage 1 again")
+    return stats

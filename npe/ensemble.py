@@ -28,6 +28,16 @@ class Member:
         self.best = {name: tensor.detach().clone() for name, tensor in self.npe.state_dict().items()}
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, best weights and how far its stopping has come."""
+        return {"npe": self.npe.state_dict(), "stopper": self.stopper.state_dict(), "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Back to where `state_dict` was taken."""
+        self.npe.load_state_dict(state_dict["npe"])
+        self.stopper.load_state_dict(state_dict["stopper"])
+        self.best = state_dict["best"]
+
 
 def make_members(n_members: int, seed: int, patience: int, device: torch.device) -> list[Member]:
     """Members with initial weights of their own; the first is the same whatever their number."""

@@ -13,21 +13,23 @@ import torch
 
 from common.artifacts import (
     COMPRESSOR_RUNS,
+    claimed,
     make_empty_folder,
     npe_folder,
     refuse_finished_run,
     tiles_folder,
     write_json,
 )
-from common.config import NPEConfig
+from common.config import NPEConfig, begun_with
 from common.device import describe_device, pick_device, seeded_generator, versions
 from common.errors import UserError, warn
 from common.figures import draw_loss_curves
-from common.progress import Progress, append_metrics
+from common.progress import Progress, append_metrics, write_metrics
+from common.resume import LastCheckpoint, Part, resumable
 from compress.model import TrainedCompressor, load_compressor
 from data.cache import read_tiles_through_cache
 from data.module import TileDataModule, batches, whole_dataset
-from data.norm_stats import read_norm_stats
+from data.norm_stats import NORM_STATS_NAME, read_norm_stats
 from data.schema import THETA_NAMES
 from data.shards import Tiles
 from data.split import MANIFEST_NAME, read_manifest
@@ -56,25 +58,41 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
         UserError: bad input, tiles that stage 1 did not see, no fiducial tiles, a finished run of the same
             tag, or a loss that is not finite.
     """
-    start = time.monotonic()
     device = pick_device(config.device)
     compressor_run = Path(config.ckpt).parent
     trained = load_compressor(Path(config.ckpt), device, config.precision)
     _check_against(config, trained)
     results_dir = config.results_dir or _results_dir_of(compressor_run)
     folder = npe_folder(results_dir, config.tag or trained.config.run_tag)
-    refuse_finished_run(folder, RESULT_NAME, config.restart)
+    with claimed(folder):
+        refuse_finished_run(folder, RESULT_NAME, config.restart)
+        return _train(config, trained, compressor_run, results_dir, folder, device, on_checkpoint)
+
+
+def _train(
+    config: NPEConfig,
+    trained: TrainedCompressor,
+    compressor_run: Path,
+    results_dir: str | Path,
+    folder: Path,
+    device: torch.device,
+    on_checkpoint: Callable[[], None],
+) -> dict[str, Any]:
+    options = begun_with(config)
+    options |= {"precision": str(trained.model.dtype).removeprefix("torch."), "compressor": trained.sha256}
+    goes_on = resumable(folder, options, config.restart)
     data = _read_tiles(config, trained, compressor_run, results_dir, device)
     for warning in data.audit.warnings():
         warn(warning)
     fresh = _read_calibration_tiles(config, data)
     theta_std = np.array(data.norm_stats.theta_std)
-    make_empty_folder(folder)
+    if not goes_on:
+        make_empty_folder(folder)
 
     augment = seeded_generator(config.seed, "npe augment")
     compressed = CompressedTileDataModule(data, trained.model, augment, config.n_views)
     compressor_checkpoint = f"{compressor_run.resolve().name}/{Path(config.ckpt).name}"
-    members, epochs = fit(compressed, config, folder, compressor_checkpoint, on_checkpoint, device)
+    members, last = fit(compressed, config, options, folder, compressor_checkpoint, on_checkpoint, device)
 
     first = members[0].stopper
     npe, *others = load_npe(folder / CHECKPOINT_NAME, device)
@@ -116,7 +134,7 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
             "fom_median_hi_84": float(np.percentile(fiducial_median, 84)),
         },
         "npe": {
-            "epochs": epochs,
+            "epochs": last.position.epoch,
             "best_epoch": first.best_epoch,
             "best_test_nll": first.best_loss,
             "stopped": "early stopping" if first.should_stop() else "max_epochs",
@@ -139,10 +157,15 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
             seeded_generator(config.seed, "npe augmentation shift"),
         ),
         "audit": data.audit.to_json(),
-        "compressor": {"val_mse": trained.val_mse, "epoch": trained.epoch, "config": asdict(trained.config)},
+        "compressor": {
+            "sha256": trained.sha256,
+            "val_mse": trained.val_mse,
+            "epoch": trained.epoch,
+            "config": asdict(trained.config),
+        },
         "manifest_sha256": data.manifest.sha256,
         "folder": str(folder),
-        "elapsed_s": round(time.monotonic() - start, 1),
+        "elapsed_s": round(last.elapsed_s(), 1),
         "device": describe_device(device),
         "precision": str(trained.model.dtype).removeprefix("torch."),
         "versions": versions(),
@@ -163,6 +186,7 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
     draw_tiles(data, folder / "tiles.png")
     write_report(result, folder, compressor_run)
     write_json(folder / RESULT_NAME, result)
+    last.path.unlink(missing_ok=True)
     on_checkpoint()
     return result
 
@@ -170,63 +194,67 @@ def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: Non
 def fit(
     compressed: CompressedTileDataModule,
     config: NPEConfig,
+    options: dict[str, Any],
     folder: Path,
     compressor_checkpoint: str,
     on_checkpoint: Callable[[], None],
     device: torch.device,
-) -> tuple[list[Member], int]:
-    """The training loop; writes npe_best.ckpt and metrics.jsonl (the first member's losses).
+) -> tuple[list[Member], LastCheckpoint]:
+    """The training loop; writes npe_best.ckpt, last.ckpt and metrics.jsonl (the first member's losses).
 
     AdamW treats every weight by itself, so members that share an optimiser and the sum of their losses learn
-    exactly what each would learn alone. The loop ends when the last of them has stopped.
-
-    Returns:
-        the members, and the number of epochs that were run.
+    exactly what each would learn alone. The loop ends when the last of them has stopped. Goes on from last.ckpt if
+    there is one.
     """
     members = make_members(config.n_members, config.seed, config.patience, device)
     parameters = [p for member in members for p in member.npe.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    shuffle = seeded_generator(config.seed, "npe shuffle")
-    val_summary, val_theta = compress_all(compressed.val_ds, config.batch_size)  # never augmented: once is enough
-    epoch = 0
-    with Progress("training the NPE", config.max_epochs, "epochs") as progress:
-        for epoch in range(config.max_epochs):
+    augment = compressed.train_ds.tiles.augment
+    assert augment is not None
+    parts: dict[str, Part] = {"optimizer": optimizer} | {f"member {k}": member for k, member in enumerate(members)}
+    last = LastCheckpoint(folder, options, parts, {"augment": augment}, config.checkpoint_seconds, on_checkpoint)
+    at = last.restore()
+    write_metrics(folder / METRICS_NAME, at.metrics)
+    with Progress("training the NPE", config.max_epochs, "epochs") as progress, last.saved_when_interrupted():
+        progress.advance(at.epoch)
+        val_summary, val_theta = compress_all(compressed.val_ds, config.batch_size)  # never augmented: once is enough
+        while at.epoch < config.max_epochs and not all(member.stopper.should_stop() for member in members):
             epoch_start = time.monotonic()
-            losses = []
-            for summary, theta in batches(compressed.train_ds, config.batch_size, shuffle):
+            shuffle = seeded_generator(config.seed, f"npe shuffle {at.epoch}")
+            for summary, theta in batches(compressed.train_ds, config.batch_size, shuffle, first=at.batch):
                 nll = torch.stack([member.npe.nll(summary, theta).mean() for member in members])  # (n_members,)
                 optimizer.zero_grad(set_to_none=True)
                 nll.sum().backward()
                 optimizer.step()
-                losses.append(nll.detach())
+                at.next_batch(nll)
+                last.save_if_due()
 
             with torch.no_grad():
                 test_nll = torch.stack([member.npe.nll(val_summary, val_theta).mean() for member in members]).cpu()
-            train_nll = torch.stack(losses).mean(dim=0).cpu()  # (n_batches, n_members) -> (n_members,)
+            train_nll = torch.stack(at.losses).mean(dim=0).cpu()  # (n_batches, n_members) -> (n_members,)
             if not (train_nll + test_nll).isfinite().all():
-                raise UserError(f"the NPE loss is not finite in epoch {epoch}; try a lower --learning-rate")
-            better = [member.judge(loss, epoch) for member, loss in zip(members, test_nll.tolist(), strict=True)]
+                raise UserError(
+                    f"the NPE loss is not finite in epoch {at.epoch}; try --restart with a lower --learning-rate"
+                )
+            better = [member.judge(loss, at.epoch) for member, loss in zip(members, test_nll.tolist(), strict=True)]
             if any(better):
                 best = members[0].stopper
                 weights = [member.best for member in members]
                 save_npe(
                     folder / CHECKPOINT_NAME, weights, config, compressor_checkpoint, best.best_epoch, best.best_loss
                 )
-                on_checkpoint()
-            seconds = round(time.monotonic() - epoch_start, 3)
-            append_metrics(
-                folder / METRICS_NAME,
-                {
-                    "epoch": epoch,
-                    "train_nll": float(train_nll[0]),
-                    "test_nll": float(test_nll[0]),
-                    "seconds": seconds,
-                },
-            )
+            metrics = {
+                "epoch": at.epoch,
+                "train_nll": float(train_nll[0]),
+                "test_nll": float(test_nll[0]),
+                "seconds": round(time.monotonic() - epoch_start, 3),
+            }
+            append_metrics(folder / METRICS_NAME, metrics)
+            at.next_epoch(metrics)
+            last.save_if_due()
             progress.advance(1, f"test_nll {test_nll[0]:.4f}, best {members[0].stopper.best_loss:.4f}")
-            if all(member.stopper.should_stop() for member in members):
-                break
-    return members, epoch + 1
+    write_metrics(folder / METRICS_NAME, at.metrics)
+    return members, last
 
 
 def _posterior_of(npe: GaussianNPE, dataset: CompressedTileDataset, data: TileDataModule, batch_size: int) -> Posterior:
@@ -286,6 +314,12 @@ def _read_tiles(
             f"{compressor_run / MANIFEST_NAME} is not the split that {config.ckpt} was trained with; "
             "restore it or run stage 1 again"
         )
+    norm_stats = read_norm_stats(compressor_run)
+    if norm_stats.sha256 != trained.norm_stats_sha256:
+        raise UserError(
+            f"{compressor_run / NORM_STATS_NAME} is not what {config.ckpt} was trained with; "
+            "restore it or run stage 1 again"
+        )
     if len(manifest.splits["fiducial"]) == 0:
         raise UserError(
             f"the data set of {config.ckpt} has no simulation {manifest.fiducial_sim_id}, so there is no fiducial FoM; "
@@ -309,7 +343,7 @@ def _read_tiles(
         feed=config.feed,
         noiseless_dir=Path(noiseless_tiles) if noiseless_tiles else None,
         manifest=manifest,
-        norm_stats=read_norm_stats(compressor_run),
+        norm_stats=norm_stats,
     )
     data.setup()
     return data

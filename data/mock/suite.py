@@ -6,10 +6,12 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 from common.artifacts import tiles_folder
 from common.config import MockConfig
 from common.errors import UserError
+from common.interrupt import SIGNALS
 from common.machine import usable_cores
 from common.progress import Progress
 from data.mock.cosmology import design, params_of
@@ -186,9 +189,16 @@ def _worker_pool(n_workers: int) -> Iterator[ProcessPoolExecutor]:
     os.environ["OMP_NUM_THREADS"] = "1"  # spawned workers read it when they import numpy
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(n_workers, mp_context=context, initializer=_ignore_interrupt) as pool:
+        with ProcessPoolExecutor(
+            n_workers, mp_context=context, initializer=_serve_the_parent_alone, initargs=(os.getpid(),)
+        ) as pool:
             try:
                 yield pool
+            except BrokenProcessPool:
+                raise UserError(
+                    "a worker process died, most likely for want of memory; give fewer as --workers, what is finished "
+                    "is kept"
+                ) from None
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -199,8 +209,17 @@ def _worker_pool(n_workers: int) -> Iterator[ProcessPoolExecutor]:
             os.environ["OMP_NUM_THREADS"] = saved
 
 
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
+def _serve_the_parent_alone(parent: int) -> None:
+    """Signals reach the whole group, and the parent alone answers them; when it dies, so does this process."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 Job = TypeVar("Job")

@@ -1,0 +1,184 @@
+"""last.ckpt: everything that an interrupted training goes on from, to the bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.config import difference
+from common.errors import UserError, say
+from common.interrupt import Interrupted, deferred
+
+LAST_NAME = "last.ckpt"
+KIND = "interrupted training"
+KEYS = ("begun_with", "position", "parts", "generators", "rng", "elapsed_s")
+
+
+class Part(Protocol):
+    """What has a state: modules, optimisers, stoppers."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
+
+
+@dataclass
+class Position:
+    """How far a training has come.
+
+    Attributes:
+        epoch: that is being run, from 0.
+        batch: of that epoch that comes next.
+        losses: of its batches so far.
+        metrics: a line for every finished epoch.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    losses: list[torch.Tensor] = field(default_factory=list)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    def next_batch(self, loss: torch.Tensor) -> None:
+        """A batch is done."""
+        self.losses.append(loss.detach())
+        self.batch += 1
+
+    def next_epoch(self, metrics: dict[str, Any]) -> None:
+        """An epoch is done."""
+        self.metrics.append(metrics)
+        self.epoch, self.batch, self.losses = self.epoch + 1, 0, []
+
+
+class LastCheckpoint:
+    """Saves a training now and then and when it is interrupted; puts it back where it was.
+
+    Shuffles are not in it: each epoch has a generator of its own, from the seed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        begun_with: dict[str, Any],
+        parts: dict[str, Part],
+        generators: dict[str, torch.Generator],
+        seconds_between: float,
+        on_saved: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            folder: of the run.
+            begun_with: options and hashes that make the training what it is; it goes on only with the same.
+            parts: what is trained and what trains it.
+            generators: that the batches draw from, besides torch's own.
+            seconds_between: two savings at least.
+            on_saved: called after each.
+        """
+        self.path, self.begun_with, self.parts, self.generators = folder / LAST_NAME, begun_with, parts, generators
+        self.seconds_between, self.on_saved = seconds_between, on_saved
+        self.position = Position()
+        self.start = self.saved = time.monotonic()
+
+    def restore(self) -> Position:
+        """Put everything back as it was when the training was interrupted; where it was, or the beginning.
+
+        Raises:
+            UserError: the file is damaged, or was begun with something else.
+        """
+        if not self.path.exists():
+            return self.position
+        content = load_checkpoint(self.path, KIND, KEYS)
+        _refuse_others(self.path, content["begun_with"], self.begun_with)
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(content["parts"][name])
+            for name, generator in self.generators.items():
+                generator.set_state(content["generators"][name])
+            torch.set_rng_state(content["rng"]["cpu"])
+            if torch.cuda.is_available() and "cuda" in content["rng"]:
+                torch.cuda.set_rng_state(content["rng"]["cuda"])
+            self.position = Position(**content["position"])
+            self.start -= float(content["elapsed_s"])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+            raise UserError(f"{self.path} does not fit this version's training; add --restart to start over") from None
+        say(f"going on from {self.path}: epoch {self.position.epoch}, batch {self.position.batch}")
+        return self.position
+
+    def elapsed_s(self) -> float:
+        """Seconds since the beginning, without the time between an interruption and going on."""
+        return time.monotonic() - self.start
+
+    def save_if_due(self) -> None:
+        """Save if the last time is long enough ago."""
+        if time.monotonic() - self.saved >= self.seconds_between:
+            self.save()
+
+    def save(self) -> None:
+        """Write last.ckpt, unless a loss is not finite: the training will stop, and what was good is kept."""
+        losses = self.position.losses
+        if losses and not torch.stack(losses).isfinite().all():
+            return
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        content = {
+            "begun_with": self.begun_with,
+            "position": vars(self.position),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "generators": {name: generator.get_state() for name, generator in self.generators.items()},
+            "rng": rng,
+            "elapsed_s": self.elapsed_s(),
+        }
+        save_checkpoint(self.path, KIND, content)
+        self.on_saved()
+        self.saved = time.monotonic()
+
+    @contextmanager
+    def saved_when_interrupted(self) -> Iterator[None]:
+        """Within, SIGINT and SIGTERM wait for interrupt.check, which has to stand between two batches; then it saves.
+
+        At the end as well, if that is due, since what follows a training may be interrupted too.
+        """
+        with deferred():
+            try:
+                yield
+            except Interrupted as stop:
+                self.save()
+                at = self.position
+                raise Interrupted(stop.signum, f"{self.path} has epoch {at.epoch}, batch {at.batch}") from None
+            self.save_if_due()
+
+
+def resumable(folder: Path, options: dict[str, Any], restart: bool) -> bool:
+    """Whether a folder holds an interrupted training that goes on; to be called before anything is computed.
+
+    With --restart one that was begun with other options does not; one with the same does, so that a command with
+    --restart can be interrupted, too.
+
+    Raises:
+        UserError: it was begun with other options, or the file is damaged, and --restart was not given.
+    """
+    path = folder / LAST_NAME
+    if not path.exists():
+        return False
+    try:
+        there = load_checkpoint(path, KIND, KEYS)["begun_with"]
+        _refuse_others(path, {name: there.get(name) for name in options}, options)
+    except UserError:
+        if not restart:
+            raise
+        return False
+    return True
+
+
+def _refuse_others(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    if differs := difference(there, here):
+        raise UserError(
+            f"{path} was begun with others ({differs}); give the same to go on, --restart to start over, or --tag NAME "
+            "for another run"
+        )

@@ -1,0 +1,271 @@
+"""Killed at any instant, the same command ends in the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, SMALL_LMAX, SMALL_SUITE
+from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
+
+from common import interrupt
+from common.config import CompressorConfig, NPEConfig
+from compress.train import train_compressor
+from npe.train import train_npe
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+TAG = "killed"
+TILES = f"--lmax {SMALL_LMAX} --noise-level noiseless"
+COMMANDS = {
+    "run_mock": f"{TILES} --n-sims 120 --results-dir results --workers 1",
+    "run_compressor": f"{TILES} --backbone tiny --max-epochs 6 --batch-size 64 --warmup-steps 10 --ema-decay 0.9 "
+    f"--device cpu --checkpoint-seconds 0 --results-dir results --tag {TAG}",
+    "run_npe": f"--ckpt results/field_compressor_runs/{TAG}/best.ckpt --max-epochs 20 --n-members 2 --device cpu "
+    "--checkpoint-seconds 0",
+}
+# Imports first; then the command, which a timer stops.
+CHILD = """
+import importlib, os, sys, threading, time
+script, delay, signum, *options = sys.argv[1:]
+command = importlib.import_module(script)
+import compress.train, npe.train, data.mock.suite
+sys.argv = [script + ".py", *options]
+if float(delay) < float("inf"):
+    timer = threading.Timer(float(delay), os.kill, (os.getpid(), int(signum)))
+    timer.daemon = True
+    timer.start()
+start = time.monotonic()
+command.main()
+print("seconds", time.monotonic() - start)
+"""
+
+
+def start(folder: Path, script: str, delay: float, signum: int) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-c", CHILD, script, str(delay), str(int(signum)), *COMMANDS[script].split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def finish(folder: Path, script: str) -> float:
+    done = start(folder, script, float("inf"), 0)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+def without_timings(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in ("seconds", "elapsed_s")}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list) else a == b
+
+
+def assert_same_files(found: Path, wanted: Path) -> None:
+    """Every file that a command left, by content; nothing left over."""
+    names, others = (sorted(p.name for p in folder.iterdir() if p.name != "cache") for folder in (wanted, found))
+    assert others == names
+    for path in (wanted / name for name in names):
+        other = found / path.name
+        if path.suffix == ".ckpt":
+            assert same(*(torch.load(p, weights_only=True) for p in (other, path))), path.name
+        elif path.suffix == ".jsonl":
+            lines = ([without_timings(json.loads(line)) for line in p.read_text().splitlines()] for p in (other, path))
+            assert next(lines) == next(lines)
+        elif path.suffix == ".json":
+            assert without_timings(json.loads(other.read_text())) == without_timings(json.loads(path.read_text()))
+        elif path.suffix == ".parquet":
+            assert pq.read_table(other).equals(pq.read_table(path))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """A folder where every command has run, and the seconds that each took."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, {script: finish(folder, script) for script in COMMANDS}
+
+
+def result_folder(folder: Path, script: str) -> Path:
+    names = {"run_mock": f"tiles/lmax_{SMALL_LMAX}_noiseless", "run_compressor": f"field_compressor_runs/{TAG}"}
+    return folder / "results" / names.get(script, f"field_npe_runs/{TAG}")
+
+
+def kill_and_compare(
+    script: str, n_kills: int, uninterrupted: tuple[Path, dict[str, float]], folder: Path, seed: int
+) -> dict[int, int]:
+    """Kill at random instants, go on, and compare whenever the command has finished; how often each way it ended."""
+    whole, seconds = uninterrupted
+    rng = np.random.default_rng(seed)
+    ended: dict[int, int] = {}
+    killed = 0
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole / "results", folder / "results")
+        shutil.rmtree(result_folder(folder, script))
+        while killed < n_kills:
+            signum = SIGNALS[killed % len(SIGNALS)]
+            done = start(folder, script, rng.uniform(0, seconds[script]), signum)
+            ended[done.returncode] = ended.get(done.returncode, 0) + 1
+            if done.returncode == 0:
+                break
+            killed += 1
+            assert done.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), done.stderr
+            if signum != signal.SIGKILL:
+                assert "the same command goes on" in done.stderr.splitlines()[-1]
+                assert "Traceback" not in done.stderr
+        else:
+            finish(folder, script)
+        assert_same_files(result_folder(folder, script), result_folder(whole, script))
+        if killed >= n_kills:
+            return ended
+
+
+@pytest.mark.parametrize("script", list(COMMANDS))
+def test_killed_commands_go_on_to_the_bit(
+    script: str, uninterrupted: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    ended = kill_and_compare(script, 3, uninterrupted, tmp_path / "killed", seed=1)
+    assert {-signal.SIGKILL, 143, 130} <= set(ended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", list(COMMANDS))
+def test_killed_commands_go_on_to_the_bit_often(
+    script: str, uninterrupted: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    print(script, kill_and_compare(script, 25, uninterrupted, tmp_path / "killed", seed=2))
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let a signal be heard at the so-manieth place where one can be."""
+
+    def arm(place: int) -> None:
+        calls: Iterator[int] = iter(range(1_000_000))
+
+        def check() -> None:
+            if next(calls) == place:
+                raise interrupt.Interrupted(signal.SIGTERM)
+
+        monkeypatch.setattr("data.module.check", check)
+
+    return arm
+
+
+@pytest.mark.parametrize("place", [2, 4, 5])  # a batch of the first epoch, its validation, a batch of the second
+def test_a_network_that_draws_at_random_goes_on_as_well(
+    small_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[[int], None], place: int
+) -> None:
+    """The larger networks drop layers at random, from torch's own generator."""
+
+    def dropping() -> EfficientNet:
+        stages = [FusedMBConvConfig(1, 3, 2, 8, 8, 1), MBConvConfig(2, 3, 1, 8, 8, 3)]
+        return EfficientNet(stages, dropout=0.0, stochastic_depth_prob=0.5, last_channel=32)
+
+    monkeypatch.setattr("compress.model._tiny", dropping)
+    shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
+
+    def config(tag: str) -> CompressorConfig:
+        return CompressorConfig(
+            results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny",
+            max_epochs=2, batch_size=200, warmup_steps=2, device="cpu", tag=tag,
+        )  # fmt: skip
+
+    stop_at(-1)
+    train_compressor(config("whole"))
+    stop_at(place)
+    with pytest.raises(interrupt.Interrupted, match=r"last.ckpt has epoch"):
+        train_compressor(config("stopped"))
+    torch.manual_seed(999)
+    stop_at(-1)
+    train_compressor(config("stopped"))
+    found, wanted = (
+        torch.load(tmp_path / f"field_compressor_runs/{tag}/best.ckpt", weights_only=True)["model"]
+        for tag in ("stopped", "whole")
+    )
+    assert same(found, wanted)
+
+
+def test_other_options_are_refused_with_what_differs(
+    small_suite: Path, tmp_path: Path, stop_at: Callable[[int], None], run_command: Callable
+) -> None:
+    shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
+    options = ["--results-dir", tmp_path, *TILES.split(), "--backbone", "tiny", "--tag", "t", "--max-epochs", 2]
+    stop_at(3)
+    assert run_command("run_compressor.py", *options)[0] == 143
+    stop_at(-1)
+    folder = tmp_path / "field_compressor_runs" / "t"
+    before = (folder / "last.ckpt").read_bytes()
+    code, _, err = run_command("run_compressor.py", *options, "--learning-rate", 0.001)
+    assert code == 2
+    assert "--learning-rate 0.008 there, 0.001 here" in err
+    assert (folder / "last.ckpt").read_bytes() == before
+
+    other = tmp_path / "moved"  # a copied run goes on, and so does one whose command says --restart
+    shutil.copytree(folder, other / "field_compressor_runs" / "t")
+    shutil.copytree(tmp_path / "tiles", other / "tiles")
+    options[1] = other
+    code, _, err = run_command("run_compressor.py", *options, "--restart")
+    assert code == 0
+    assert "last.ckpt: epoch 0, batch 3" in err
+    (folder / "last.ckpt").write_bytes(before[:-50])
+    options[1] = tmp_path
+    code, _, err = run_command("run_compressor.py", *options)
+    assert code == 2
+    assert "last.ckpt is not a checkpoint" in err
+    assert run_command("run_compressor.py", *options, "--restart", "--learning-rate", 0.001)[0] == 0
+
+
+def test_other_tiles_are_refused(small_suite: Path, tmp_path: Path, stop_at: Callable[[int], None]) -> None:
+    from common.config import MockConfig
+    from common.errors import UserError
+    from data.mock.suite import build_suite
+
+    shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
+    config = CompressorConfig(
+        results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=2, tag="t"
+    )
+    stop_at(3)
+    with pytest.raises(interrupt.Interrupted):
+        train_compressor(config)
+    stop_at(-1)
+    build_suite(MockConfig(results_dir=str(tmp_path), **{**SMALL_SUITE, "seed": 43}, restart=True))
+    with pytest.raises(UserError, match="manifest"):
+        train_compressor(config)
+
+
+def test_stage_2_stopped_while_it_judges_goes_on(
+    small_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows the training is repeated, not the training."""
+    shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
+    train_compressor(
+        CompressorConfig(
+            results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=1, tag="t"
+        )
+    )
+    config = NPEConfig(ckpt=str(tmp_path / "field_compressor_runs/t/best.ckpt"), max_epochs=3, checkpoint_seconds=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("npe.train.draw_fom", lambda *_: (_ for _ in ()).throw(interrupt.Interrupted(signal.SIGINT)))
+        with pytest.raises(interrupt.Interrupted):
+            train_npe(config)
+    began = time.time()
+    result = train_npe(config)
+    best = tmp_path / "field_npe_runs/t/npe_best.ckpt"
+    assert best.stat().st_mtime < began  # the loop did not run again
+    assert result["npe"]["epochs"] == 3
