@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,15 @@ def refuse_finished_run(folder: Path, result_file: str, restart: bool) -> None:
 def claimed(folder: Path) -> Iterator[None]:
     """Within, no other process can claim the folder; one that dies lets go of it.
 
-    The lock is the file .{name}.lock beside the folder, which stays there and means nothing by itself.
+    The lock is the file .{name}.lock beside the folder, which means nothing by itself. It stays there, unless the
+    folder never came to be.
 
     Raises:
         UserError: another process has it, or nothing can be written there.
     """
-    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+    lock_path = folder.parent / f".{folder.name}.lock"
+    lock = FileLock(lock_path, timeout=0)
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -68,6 +71,11 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not folder.exists():
+            with suppress(OSError):
+                lock_path.unlink()
+                for parent in made:
+                    parent.rmdir()
         lock.release()
 
 

@@ -73,27 +73,26 @@ def compute_norm_stats(theta: np.ndarray, moments: Moments) -> NormStats:
 
 def write_norm_stats(folder: Path, stats: NormStats) -> None:
     """Write norm_stats.json."""
-    write_json(folder / NORM_STATS_NAME, asdict(stats) | {"sha256": stats.sha256})
+    write_json(folder / NORM_STATS_NAME, asdict(stats))
 
 
 def read_norm_stats(folder: Path) -> NormStats:
     """Read norm_stats.json.
 
     Raises:
-        UserError: missing, changed since it was written, or not four and two finite numbers with positive standard
-            deviations.
+        UserError: missing, or not four and two finite numbers with positive standard deviations.
     """
     path = folder / NORM_STATS_NAME
     content = read_json(path)
     lengths = {"tile_mean": N_BINS, "tile_std": N_BINS, "theta_mean": len(THETA_NAMES), "theta_std": len(THETA_NAMES)}
     try:
         stats = NormStats(**{name: tuple(float(v) for v in content[name]) for name in lengths})
-        good = content == {name: list(values) for name, values in asdict(stats).items()} | {"sha256": stats.sha256}
+        good = content == {name: list(values) for name, values in asdict(stats).items()}
         good = good and all(len(getattr(stats, name)) == length for name, length in lengths.items())
         good = good and np.isfinite(np.concatenate([getattr(stats, name) for name in lengths])).all()
         good = good and min(stats.tile_std + stats.theta_std) > 0
     except (KeyError, TypeError, ValueError, OverflowError):
         good = False
     if not good:
-        raise UserError(f"{path} is not what stage 1 wrote (its hash does not fit); run stage 1 again")
+        raise UserError(f"{path} is not what stage 1 writes ({', '.join(lengths)}); run stage 1 again")
     return stats

@@ -6,6 +6,7 @@ Two layouts are read: the published one (kappa as nested lists of doubles) and o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from data.sky import ORIENTATIONS, Orientations
 S8_TOLERANCE = 1e-4  # relative; S8 is derived from two columns of the same table
 VALUES_PER_READ = 1 << 20  # pixels at a time: what pyarrow needs beside the array grows with it
 METADATA_KEY = "mock_suite"  # of the JSON that says how the mock suite made a shard; published shards have none
+CONTENT_KEY = "content_sha256"  # of the hash of all rows; every shard that we write has it, published ones do not
 ORIENTATIONS_KEY = "orientations_zyz_deg"  # in it: data.sky.Orientations, or null for tiles without a common sky
 BUFFER_SIZE = 1 << 20  # bytes read from the file at a time, in place of whole column chunks
 
@@ -43,6 +45,7 @@ class Tiles:
         keys: int64 (n, 3): sim_id, orientation_id, tile_id.
         params: float64 (n, 8), in the order of PARAM_NAMES.
         lmax, noise_level: one for all tiles.
+        digests: digests_of(kappa) if it is known, as it is for tiles that were read; else None.
     """
 
     kappa: np.ndarray
@@ -50,6 +53,7 @@ class Tiles:
     params: np.ndarray
     lmax: int
     noise_level: str
+    digests: np.ndarray | None = None
 
     @property
     def theta(self) -> np.ndarray:
@@ -60,6 +64,28 @@ class Tiles:
 def empty_kappa(n_tiles: int, nside: int) -> np.ndarray:
     """Uninitialised float32 array (n, 4, N, N) whose bins run fastest in memory (channels_last)."""
     return np.empty((n_tiles, nside, nside, N_BINS), dtype=np.float32).transpose(0, 3, 1, 2)  # (n, 4, N, N)
+
+
+def digests_of(kappa: np.ndarray) -> np.ndarray:
+    """SHA-256 of every tile's pixels, little-endian float32 in the order (bin, y, x): uint8 (n, 32)."""
+    digests = empty_digests(len(kappa))
+    for digest, tile in zip(digests, kappa, strict=True):
+        digest[:] = np.frombuffer(hashlib.sha256(np.ascontiguousarray(tile, dtype="<f4").data).digest(), np.uint8)
+    return digests
+
+
+def empty_digests(n_tiles: int) -> np.ndarray:
+    """Uninitialised, uint8 (n, 32)."""
+    return np.empty((n_tiles, hashlib.sha256().digest_size), dtype=np.uint8)
+
+
+def _content_sha256(digests: np.ndarray, keys: np.ndarray, params: np.ndarray, noise_level: str) -> str:
+    """Hash of all that a shard says, row by row, however parquet lays it out."""
+    content = hashlib.sha256(digests.tobytes())
+    content.update(keys.astype("<i8").tobytes())
+    content.update(params.astype("<f8").tobytes())
+    content.update(noise_level.encode())
+    return content.hexdigest()
 
 
 # ---------------------------------------------------------------- writing
@@ -83,6 +109,8 @@ class ShardWriter:
 
     def __init__(self, file: Path, nside: int, metadata: dict[str, str]) -> None:
         self.schema = _compact_schema(nside, metadata)
+        self.rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.noise_level = ""
         self.writer = pq.ParquetWriter(
             file,
             self.schema,
@@ -101,6 +129,13 @@ class ShardWriter:
         self.writer.write_table(
             pa.table([pa.array(c) if isinstance(c, np.ndarray) else c for c in columns], self.schema)
         )
+        self.rows.append((digests_of(kappa), keys, params))
+        self.noise_level = noise_level
+
+    def seal(self) -> None:
+        """Store the hash of all that was written."""
+        digests, keys, params = (np.concatenate(parts) for parts in zip(*self.rows, strict=True))
+        self.writer.add_key_value_metadata({CONTENT_KEY: _content_sha256(digests, keys, params, self.noise_level)})
 
 
 @contextmanager
@@ -110,6 +145,7 @@ def open_shard(path: Path, nside: int, metadata: dict[str, str]) -> Iterator[Sha
         shard = ShardWriter(temporary, nside, metadata)
         with shard.writer:
             yield shard
+            shard.seal()
 
 
 # ---------------------------------------------------------------- reading
@@ -138,6 +174,7 @@ class TileIndex:
         keys, params, lmax, noise_level: as in Tiles, in the canonical order.
         nside: pixels per side of a tile.
         places: for every shard in the order of their names, the position in that order of each of its rows.
+        contents: for every shard the hash of its rows that it carries; empty for published ones.
     """
 
     keys: np.ndarray
@@ -146,6 +183,7 @@ class TileIndex:
     noise_level: str
     nside: int
     places: dict[Path, np.ndarray]
+    contents: dict[Path, str]
 
 
 def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Tiles:
@@ -164,8 +202,8 @@ def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Til
     """
     index = read_index(folder, lmax, noise_level, nside)
     kappa = empty_kappa(len(index.keys), index.nside)
-    read_pixels(index, kappa.__setitem__)
-    return Tiles(kappa, index.keys, index.params, lmax, noise_level)
+    digests = read_pixels(index, kappa.__setitem__)
+    return Tiles(kappa, index.keys, index.params, lmax, noise_level, digests)
 
 
 def read_index(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> TileIndex:
@@ -187,20 +225,30 @@ def read_index(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Til
     position[order] = np.arange(len(keys))
     per_shard = np.split(position, np.cumsum(rows_per_shard)[:-1])
     return TileIndex(
-        keys[order], params[order], lmax, noise_level, nside_of(lmax, nside), dict(zip(paths, per_shard, strict=True))
+        keys[order],
+        params[order],
+        lmax,
+        noise_level,
+        nside_of(lmax, nside),
+        dict(zip(paths, per_shard, strict=True)),
+        {path: table[2] for path, table in zip(paths, tables, strict=True)},
     )
 
 
-def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None]) -> None:
+def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None]) -> np.ndarray:
     """Read the pixels of every shard, shards side by side, a few tiles at a time.
 
     Args:
         index: of the folder.
         put: called from several threads with positions (m,) in the canonical order and their kappa (m, 4, N, N).
 
+    Returns:
+        the tiles' digests, in the canonical order.
+
     Raises:
         UserError: as read_tiles.
     """
+    digests = empty_digests(len(index.keys))
     with Progress("reading tiles", len(index.keys), "tiles") as progress, ThreadPoolExecutor(usable_cores()) as pool:
         counting = threading.Lock()
 
@@ -209,12 +257,17 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
             for tiles in _kappa_of(path, index.nside, index.lmax):
                 if row + len(tiles) > len(positions):
                     break
-                put(positions[row : row + len(tiles)], tiles)
+                some = positions[row : row + len(tiles)]
+                digests[some] = digests_of(tiles)
+                put(some, tiles)
                 row += len(tiles)
                 with counting:
                     progress.advance(len(tiles))
             if row != len(positions):
                 raise UserError(f"{path} changed while it was read; wait until it is complete and start again")
+            labels = index.keys[positions], index.params[positions]
+            if index.contents[path] not in ("", _content_sha256(digests[positions], *labels, index.noise_level)):
+                raise UserError(f"{path} is not what was written (its hash does not fit); make or download it again")
 
         try:
             for _ in pool.map(read, index.places):
@@ -222,6 +275,7 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return digests
 
 
 def description_of(path: Path) -> str | None:
@@ -261,8 +315,8 @@ def _open(path: Path) -> pq.ParquetFile:
     return pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False, buffer_size=BUFFER_SIZE)
 
 
-def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, np.ndarray]:
-    """Keys (n, 3) and parameters (n, 8) of one shard, checked row by row."""
+def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """Keys (n, 3) and parameters (n, 8) of one shard, checked row by row, and the hash that it carries, if any."""
     with _readable(path), _open(path) as file:
         names = file.schema_arrow.names
         if missing := [n for n in ("kappa", *KEY_NAMES, "noise_level", *PARAM_NAMES) if n not in names]:
@@ -271,6 +325,9 @@ def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, n
             )
         _check_kappa_type(path, file.schema_arrow.field("kappa").type)
         table = file.read(columns=[*KEY_NAMES, "noise_level", *PARAM_NAMES])
+        metadata = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
+    if METADATA_KEY in metadata and CONTENT_KEY not in metadata:
+        raise UserError(f"{path} was made by run_mock.py but carries no hash of its rows; make it again (--restart)")
     for name in table.column_names:
         wanted = pa.types.is_integer if name in KEY_NAMES else pa.types.is_floating if name in PARAM_NAMES else _is_text
         if not wanted(table.schema.field(name).type):
@@ -294,7 +351,7 @@ def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, n
         name = PARAM_NAMES[int(np.argmin(np.isfinite(params[row])))]
         raise UserError(f"{path}, row {row}: {name} is not finite; rebuild the shard")
     keys = np.stack([table[name].to_numpy() for name in KEY_NAMES], axis=1).astype(np.int64)  # (n, 3)
-    return keys, params
+    return keys, params, metadata.get(CONTENT_KEY, "")
 
 
 def _is_text(arrow_type: pa.DataType) -> bool:

@@ -13,7 +13,7 @@ from common.artifacts import read_json, sha256_of_json, write_json
 from common.config import SplitBy
 from common.errors import UserError
 from data.schema import KEY_NAMES
-from data.shards import Tiles
+from data.shards import Tiles, digests_of
 
 # Per cent of what is left without the fiducial simulation; the test split takes the remainder of the rounding.
 PERCENT = {"compressor_train": 70, "npe_train": 25, "test": 5}
@@ -30,7 +30,7 @@ class SplitManifest:
         seed: of the split.
         fiducial_sim_id: the simulation held out of all splits but "fiducial".
         lmax, noise_level: of the tiles.
-        fingerprint: SHA-256 over keys and parameters of the whole data set.
+        fingerprint: SHA-256 over keys, parameters and pixels of the whole data set.
         splits: for each of SPLIT_NAMES the keys (n, 3) of its tiles, in the canonical order.
     """
 
@@ -64,10 +64,11 @@ class SplitManifest:
 
 
 def fingerprint_of(tiles: Tiles) -> str:
-    """SHA-256 over lmax, noise level, keys and parameters, in the canonical order: however the shards were cut."""
+    """SHA-256 over lmax, noise level, keys, parameters and pixels in canonical order, however the shards were cut."""
     digest = hashlib.sha256(f"{tiles.lmax} {tiles.noise_level}".encode())
     digest.update(np.ascontiguousarray(tiles.keys, dtype="<i8").tobytes())
     digest.update(np.ascontiguousarray(tiles.params, dtype="<f8").tobytes())
+    digest.update((digests_of(tiles.kappa) if tiles.digests is None else tiles.digests).tobytes())
     return digest.hexdigest()
 
 

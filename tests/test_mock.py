@@ -294,10 +294,10 @@ def test_another_suite_in_the_same_folder_is_refused(tmp_path: Path, small_tiles
     for name, content in shard_bytes(small_tiles_dir).items():
         (folder / name).write_bytes(content)
     config = MockConfig(tiles_dir=str(folder), **SMALL_SUITE)
-    with pytest.raises(UserError, match=r"seed 42 there, 43 here.*--restart"):
+    with pytest.raises(UserError, match=r"--seed 42 there, 43 here.*--restart"):
         build_suite(dataclasses.replace(config, seed=43))
     smaller = dataclasses.replace(config, n_sims=10)
-    with pytest.raises(UserError, match=r"n_sims 60 there, 10 here"):
+    with pytest.raises(UserError, match=r"--n-sims 60 there, 10 here"):
         build_suite(smaller)
     build_suite(dataclasses.replace(smaller, restart=True))
     assert len(read_tiles(folder, SMALL_LMAX, "noiseless").keys) == 120  # nothing of the larger suite is left

@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from common.artifacts import tiles_folder
-from common.config import MockConfig
+from common.artifacts import CannotWriteError, claimed, tiles_folder
+from common.config import MockConfig, difference
 from common.errors import UserError
 from common.interrupt import SIGNALS
 from common.machine import usable_cores
 from common.progress import Progress
+from data.cache import FOLDER as CACHE
 from data.mock.cosmology import design, params_of
 from data.mock.fields import band_of, noise_alm, signal_alm
 from data.mock.flat import flat_tiles
@@ -35,6 +36,7 @@ from data.schema import FACES, SIMS_PER_SHARD, TILES_PER_SIM, nside_of
 from data.shards import METADATA_KEY, ORIENTATIONS_KEY, description_of, open_shard
 from data.sky import ORIENTATIONS
 
+RESTARTING = "restarting"  # the file says that --restart has deleted what was there
 FRESH_SEED_OFFSET = 1_000_000_007  # far from any seed that one would type
 
 
@@ -86,18 +88,34 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
     folder = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level, fresh=config.fresh)
     seed = config.seed + FRESH_SEED_OFFSET * config.fresh
     sim_ids, cosmologies = design(config.n_sims, seed, None if config.fresh else config.fiducial_sim_id, config.vary)
-    params = params_of(cosmologies)  # (n_sims, 8)
     theory_cl(cosmologies[:1], band_of(config.lmax, config.field))  # refuses an lmax beyond the table
+    with claimed(folder):
+        _write_shards(config, folder, seed, sim_ids, cosmologies, on_checkpoint)
+    return {
+        "folder": str(folder),
+        "n_sims": config.n_sims,
+        "n_tiles": config.n_sims * TILES_PER_SIM,
+        "nside": nside_of(config.lmax, config.nside),
+        "elapsed_s": round(time.monotonic() - start, 1),
+    }
+
+
+def _write_shards(
+    config: MockConfig,
+    folder: Path,
+    seed: int,
+    sim_ids: np.ndarray,
+    cosmologies: np.ndarray,
+    on_checkpoint: Callable[[], None],
+) -> None:
+    """The shards that are missing, and the picture."""
+    nside = nside_of(config.lmax, config.nside)
+    params = params_of(cosmologies)  # (n_sims, 8)
     description = _description(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder} ({error.strerror}); choose another --results-dir") from None
     starts = range(0, config.n_sims, SIMS_PER_SHARD)
     finished = _finished_shards(folder, description, config.restart)
     missing = [k for k in range(len(starts)) if _shard_path(folder, k) not in finished]
 
-    nside = nside_of(config.lmax, config.nside)
     jobs = [
         Simulation(
             int(sim_ids[i]), cosmologies[i], config.field, config.noise_level, config.lmax, nside, config.geometry, seed
@@ -117,14 +135,8 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
                     progress.advance()
             on_checkpoint()
     draw_suite(_shard_path(folder, 0), nside, cosmologies, folder / "suite.png")
+    (folder / RESTARTING).unlink(missing_ok=True)
     on_checkpoint()
-    return {
-        "folder": str(folder),
-        "n_sims": config.n_sims,
-        "n_tiles": config.n_sims * TILES_PER_SIM,
-        "nside": nside,
-        "elapsed_s": round(time.monotonic() - start, 1),
-    }
 
 
 def _shard_path(folder: Path, number: int) -> Path:
@@ -152,20 +164,28 @@ def _description(config: MockConfig) -> str:
 
 
 def _finished_shards(folder: Path, description: str, restart: bool) -> set[Path]:
-    """Shards of this very suite that are there already; with --restart a suite that is there is deleted instead.
+    """Shards of this very suite that are there already; with --restart a suite that is there is deleted first.
+
+    Once, that is: when that command is killed, it goes on like any other.
 
     Raises:
         UserError: the folder has shards that no mock suite wrote, or those of a suite with other options.
     """
     found = {path: _description_of(path) for path in sorted(folder.glob("shard_*.parquet"))}
-    if restart:
-        for path in found:
-            path.unlink()
-        return set()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if restart and not (folder / RESTARTING).exists():
+            for path in (*found, *(folder / CACHE).glob("*")):
+                path.unlink()
+            (folder / RESTARTING).touch()
+            return set()
+    except OSError as error:
+        raise CannotWriteError(folder, error) from None
     for path, other in found.items():
         if other != description:
             raise UserError(
-                f"{path} belongs to a suite with other options ({_difference(other, description)}); "
+                f"{path} belongs to a suite with other options "
+                f"({difference(json.loads(other), json.loads(description))}); "
                 "add --restart to replace it, or give another folder as --tiles-dir"
             )
     return set(found)
@@ -175,11 +195,6 @@ def _description_of(path: Path) -> str:
     if (description := description_of(path)) is None:
         raise UserError(f"{path} was not made by this command; give another folder as --tiles-dir")
     return description
-
-
-def _difference(found: str, wanted: str) -> str:
-    old, new = json.loads(found), json.loads(wanted)
-    return ", ".join(f"{name} {old.get(name)} there, {new[name]} here" for name in new if old.get(name) != new[name])
 
 
 @contextmanager
