@@ -49,7 +49,7 @@ if remote.modal is not None:
     def modal_main(**options: Any) -> None:
         """Stage 1 on Modal."""
         CompressorConfig(**options)  # a senseless value is refused here, before anything is sent
-        report(remote.out_of_container(compressor_in_container.remote(options)))
+        report(remote.out_of_container(compressor_in_container.spawn(options).get()))
 
 
 if __name__ == "__main__":

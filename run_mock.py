@@ -48,7 +48,7 @@ if remote.modal is not None:
     def modal_main(**options: Any) -> None:
         """The suite on Modal."""
         MockConfig(**options)  # a senseless value is refused here, before anything is sent
-        report(remote.out_of_container(mock_in_container.remote(options)))
+        report(remote.out_of_container(mock_in_container.spawn(options).get()))
 
 
 if __name__ == "__main__":

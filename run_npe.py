@@ -68,7 +68,7 @@ if remote.modal is not None:
     def modal_main(**options: Any) -> None:
         """Stage 2 on Modal."""
         NPEConfig(**options)  # a senseless value is refused here, before anything is sent
-        report(remote.out_of_container(npe_in_container.remote(options)))
+        report(remote.out_of_container(npe_in_container.spawn(options).get()))
 
 
 if __name__ == "__main__":

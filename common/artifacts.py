@@ -18,6 +18,7 @@ from common.errors import UserError, warn
 
 COMPRESSOR_RUNS = "field_compressor_runs"
 NPE_RUNS = "field_npe_runs"
+SWEEPS = "sweeps"
 
 
 def tiles_folder(tiles_dir: str, results_dir: str | Path, lmax: int, noise_level: str, *, fresh: bool = False) -> Path:
@@ -34,6 +35,11 @@ def compressor_folder(results_dir: str | Path, tag: str) -> Path:
 def npe_folder(results_dir: str | Path, tag: str) -> Path:
     """Folder of one stage-2 run."""
     return Path(results_dir) / NPE_RUNS / tag
+
+
+def sweep_folder(results_dir: str | Path, name: str) -> Path:
+    """Folder of a sweep's curve; its runs lie with the other runs."""
+    return Path(results_dir) / SWEEPS / name
 
 
 def refuse_finished_run(folder: Path, result_file: str, restart: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ def save_checkpoint(path: Path, kind: str, content: dict[str, Any]) -> None:
         kind: what it holds ("compressor", "npe"); checked when it is loaded.
         content: tensors, numbers, strings, and dicts and lists of them.
     """
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # a file of Python's: its errors are OSErrors
-        torch.save({"format": FORMAT, "kind": kind, **content}, file)
+    whole = io.BytesIO()  # torch's own writer does not say what went wrong with a file
+    torch.save({"format": FORMAT, "kind": kind, **content}, whole)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(whole.getbuffer())
 
 
 def load_checkpoint(path: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:

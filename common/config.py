@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import shlex
 import types
 import typing
 from collections.abc import Callable
@@ -51,16 +52,22 @@ def required(help: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedOptions:
-    """Where a command reads and writes."""
+class ResultsOptions:
+    """Where a command writes."""
 
     results_dir: str = option("results", "folder that everything is read from and written to")
-    tiles_dir: str = option(
-        "", "another folder of shard_*.parquet (default: the one for lmax and noise level below --results-dir)"
-    )
 
     def __post_init__(self) -> None:
         """The end of every chain of super().__post_init__()."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedOptions(ResultsOptions):
+    """Where a command reads and writes."""
+
+    tiles_dir: str = option(
+        "", "another folder of shard_*.parquet (default: the one for lmax and noise level below --results-dir)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +235,72 @@ class NPEConfig(TrainingOptions, WritingOptions):
         _plain_name(self.tag)
 
 
-Config = TypeVar("Config", bound=SharedOptions)
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(ResultsOptions):
+    """Both stages for several lmax and several seeds: the Figure of Merit against lmax."""
+
+    lmax: str = option("200,400,600", "largest multipoles, with commas between them; the tiles of each must be there")
+    seeds: int = option(3, "so many seeds at every lmax")
+    seed: int = option(42, "the first of them; the others follow")
+    noise_level: NoiseLevel = option("des_y3", "shape noise of the tiles")
+    stage_1: str = option("", "further options of run_compressor.py, in quotes")
+    stage_2: str = option("", "further options of run_npe.py, in quotes")
+    name: str = option("sweep", "name of the sweep; its runs are named {name}_lmax{lmax}_seed{seed}")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "seeds")
+        _not_negative(self, "seed")
+        _plain_name(self.name, "--name")
+        for run in self.runs:  # a senseless option is refused before anything is computed
+            run.compressor()
+            run.npe("")
+
+    @property
+    def runs(self) -> list[SweepRun]:
+        """One for every lmax and seed."""
+        try:
+            values = sorted({int(text) for text in self.lmax.split(",")})
+        except ValueError:
+            raise UserError(f"--lmax {self.lmax!r} is not a list like 200,400,600") from None
+        return [SweepRun(self, lmax, self.seed + k) for lmax in values for k in range(self.seeds)]
 
 
-def begun_with(config: SharedOptions) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SweepRun:
+    """One point of a sweep."""
+
+    sweep: SweepConfig
+    lmax: int
+    seed: int
+
+    @property
+    def tag(self) -> str:
+        """Name of both stages' folders."""
+        return f"{self.sweep.name}_lmax{self.lmax}_seed{self.seed}"
+
+    def compressor(self) -> CompressorConfig:
+        """Options of stage 1."""
+        given = {"lmax": self.lmax, "noise_level": self.sweep.noise_level}
+        return self._parsed(CompressorConfig, self.sweep.stage_1, given)
+
+    def npe(self, ckpt: str) -> NPEConfig:
+        """Options of stage 2."""
+        return self._parsed(NPEConfig, self.sweep.stage_2, {"ckpt": ckpt})
+
+    def _parsed(self, config_class: type[Config], text: str, given: dict[str, Any]) -> Config:
+        given |= {"results_dir": self.sweep.results_dir, "seed": self.seed, "tag": self.tag}
+        own = [_flag(name) for name in given]
+        if twice := [word for word in text.split() if word.split("=")[0] in own]:
+            raise UserError(f"{twice[0]} is the sweep's own option; leave it out of the quotes")
+        flags = [word for name, value in given.items() for word in (_flag(name), str(value))]
+        return parse_args(config_class, [*flags, *shlex.split(text)])
+
+
+Config = TypeVar("Config", bound=ResultsOptions)
+
+
+def begun_with(config: ResultsOptions) -> dict[str, Any]:
     """The options that make a run what it is."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
 
@@ -262,9 +331,9 @@ def _not_negative(config: Any, *names: str) -> None:
             raise UserError(f"{_flag(name)} is {getattr(config, name)}; it must not be negative")
 
 
-def _plain_name(tag: str) -> None:
-    if tag.startswith(".") or "/" in tag or "\\" in tag:
-        raise UserError(f"--tag {tag!r} must be a plain folder name, without slashes or a leading dot")
+def _plain_name(name: str, flag: str = "--tag") -> None:
+    if name.startswith(".") or "/" in name or "\\" in name:
+        raise UserError(f"{flag} {name!r} must be a plain folder name, without slashes or a leading dot")
 
 
 def parse_args(config_class: type[Config], argv: list[str] | None = None) -> Config:

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.config import SharedOptions
+from common.config import ResultsOptions
 from common.errors import UserError
+from common.interrupt import listening
 
 try:
     import modal
@@ -44,7 +45,7 @@ if modal is not None:
     GPU_FUNCTION: dict[str, Any] = {**FUNCTION, "gpu": GPUS}
     CPU_FUNCTION: dict[str, Any] = {**FUNCTION, "cpu": MOCK_CORES, "memory": MOCK_MEMORY_MIB}
 
-Config = TypeVar("Config", bound=SharedOptions)
+Config = TypeVar("Config", bound=ResultsOptions)
 
 
 def in_container(
@@ -64,7 +65,8 @@ def in_container(
         volume.reload()
         config, commit = _on_volume(config_class(**options)), volume.commit
     try:
-        return command(config, on_checkpoint=commit)
+        with listening():  # a container that is taken away is told by SIGINT; the same input then comes again
+            return command(config, on_checkpoint=commit)
     except UserError as error:
         return {"user_error": str(error)}
 

@@ -112,3 +112,29 @@ def draw_tiles(data: TileDataModule, path: Path) -> None:
                 if number == len(rows) - 1:
                     drawn.colorbar(shown, ax=grid[:, k], location="bottom", shrink=0.9, pad=0.02, label=r"$\kappa$")
             line[0].set_ylabel(f"{name}\n{values}", fontsize=9)
+
+
+def draw_curve(curve: list[dict[str, Any]], points: list[dict[str, Any]], noise_level: str, path: Path) -> None:
+    """FoM against lmax: every run, the mean over seeds with their scatter, and the scatter from tile to tile."""
+    lmax = np.array([row["lmax"] for row in curve])
+    fom, tiles = (np.array([row[name] for row in curve]) for name in ("fom", "std_over_tiles"))
+    seeds = np.array([row["std_over_seeds"] or 0.0 for row in curve])
+    finished = [point for point in points if "error" not in point]
+    with figure(path, 6.4, 4.4) as drawn:
+        axes = drawn.subplots()
+        # Bars rather than a band: there may be one lmax alone.
+        axes.errorbar(lmax, fom, tiles, fmt="none", ecolor=BLUE, elinewidth=8, alpha=0.2, label="scatter over tiles")
+        axes.errorbar(lmax, fom, seeds, fmt="o-", color=BLUE, capsize=4, label="mean and scatter over seeds")
+        axes.plot(
+            [point["lmax"] for point in finished],
+            [point["fom_fiducial_median"] for point in finished],
+            ".",
+            color=ORANGE,
+            label="one run",
+            zorder=3,
+        )
+        axes.set_ylim(0, 1.25 * (fom + np.maximum(tiles, seeds)).max())
+        axes.set_xticks(lmax)
+        axes.set(xlabel="lmax", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
+        axes.set_title(f"Fiducial tiles, {noise_level}")
+        axes.legend(loc="lower right")

@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, SMALL_LMAX
 
 from common import remote
-from common.config import CheckConfig, CompressorConfig, NPEConfig
+from common.config import CheckConfig, CompressorConfig, NPEConfig, SweepConfig
 
 pytest.importorskip("modal")
 pytestmark = pytest.mark.modal
@@ -25,6 +30,7 @@ FUNCTIONS = {
     "run_npe": "npe_in_container",
     "run_mock": "mock_in_container",
     "run_check": "check_in_container",
+    "run_sweep": "point_in_container",
 }
 
 
@@ -54,7 +60,13 @@ def modal_run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("script", "config"), [("run_compressor", CompressorConfig), ("run_npe", NPEConfig), ("run_check", CheckConfig)]
+    ("script", "config"),
+    [
+        ("run_compressor", CompressorConfig),
+        ("run_npe", NPEConfig),
+        ("run_check", CheckConfig),
+        ("run_sweep", SweepConfig),
+    ],
 )
 def test_modal_run_help_lists_every_option(script: str, config: type) -> None:
     done = modal_run(f"{script}.py", "--help")
@@ -109,3 +121,90 @@ def test_paths_mean_the_volume_in_a_container(path: str) -> None:
     for moved in (config.ckpt, config.tiles_dir, config.calibration_tiles, config.noiseless_tiles):
         assert moved == "/results/field_compressor_runs/t/best.ckpt"
     assert config.results_dir == "/results"
+
+
+class FakeVolume:
+    """Keeps what was committed; `reload` puts it back, as in a container that starts after another has died."""
+
+    def __init__(self, mount: Path) -> None:
+        self.mount, self.kept = mount, mount.with_name("kept")
+        self.calls: list[str] = []
+
+    def commit(self) -> None:
+        self.calls.append("commit")
+        shutil.rmtree(self.kept, ignore_errors=True)
+        shutil.copytree(self.mount, self.kept)
+
+    def reload(self) -> None:
+        self.calls.append("reload")
+        shutil.rmtree(self.mount)
+        shutil.copytree(self.kept, self.mount)
+
+
+def test_a_container_that_dies_goes_on_in_the_next_one(
+    small_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import run_compressor
+
+    mount = tmp_path / "results"
+    shutil.copytree(small_suite / "tiles", mount / "tiles")
+    volume = FakeVolume(mount)
+    volume.commit()
+    monkeypatch.setattr(remote.modal, "is_local", lambda: False)
+    monkeypatch.setattr(remote, "volume", volume)
+    monkeypatch.setattr(remote, "RESULTS", str(mount))
+    config = CompressorConfig(
+        lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=3, batch_size=64, checkpoint_seconds=0
+    )
+
+    def start(tag: str) -> dict[str, Any]:
+        volume.calls.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return run_compressor.compressor_in_container.local(asdict(replace(config, tag=tag)))
+
+    start("whole")
+    assert volume.calls[0] == "reload"
+    n_commits = volume.calls.count("commit")
+    with monkeypatch.context() as patch:
+        places = iter(range(1_000))
+
+        def die() -> None:
+            if next(places) == 20:
+                raise RuntimeError("the container is gone")
+
+        patch.setattr("data.module.check", die)
+        with pytest.raises(RuntimeError):
+            start("died")
+    before = volume.calls.count("commit")
+    assert before > 0
+    (mount / "field_compressor_runs/died/last.ckpt").write_bytes(b"never committed")
+    start("died")
+    assert "going on from" in capsys.readouterr().err
+    assert volume.calls[0] == "reload"
+    assert before + volume.calls.count("commit") <= n_commits + 1
+    tensors = [
+        torch.load(mount / f"field_compressor_runs/{tag}/best.ckpt", weights_only=True)["model"]
+        for tag in ("whole", "died")
+    ]
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+    volume.calls.clear()  # with the usual interval a short run commits at its end alone
+    config = replace(config, checkpoint_seconds=60.0)
+    start("short")
+    assert volume.calls == ["reload", "commit"]
+
+
+def test_a_preempted_container_saves_and_is_retried(
+    small_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT comes back to Modal as a KeyboardInterrupt, after the saving."""
+    import run_npe
+
+    def stop(_: NPEConfig, on_checkpoint: Callable[[], None]) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the signal was not heard")
+
+    monkeypatch.setattr("npe.train.train_npe", stop)
+    with pytest.warns(UserWarning, match="local"), pytest.raises(KeyboardInterrupt):
+        run_npe.npe_in_container.local(asdict(NPEConfig(ckpt="x")))

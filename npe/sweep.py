@@ -1,0 +1,120 @@
+"""Both stages over several lmax and seeds: every point a run of its own, and the curve through them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.artifacts import claimed, compressor_folder, npe_folder, read_json, sweep_folder, write_json
+from common.config import ResultsOptions, SweepConfig, SweepRun, begun_with, difference
+from common.errors import UserError, say
+from compress.model import CHECKPOINT_NAME
+from compress.train import RESULT_NAME as COMPRESSOR_RESULT_NAME
+from compress.train import train_compressor
+from npe.pictures import draw_curve
+from npe.train import RESULT_NAME, train_npe
+
+CURVE_NAME, PICTURE_NAME = "fom_vs_lmax.json", "fom_vs_lmax.png"
+
+
+def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Both stages of one point; what is finished is kept, what was interrupted goes on.
+
+    Args:
+        run: lmax, seed and options.
+        on_checkpoint: as in train_compressor.
+
+    Returns:
+        lmax, seed, tag, and the figures of the point; or `error`, one line, in their place: a sweep goes on without
+        a point that failed.
+    """
+    point: dict[str, Any] = {"lmax": run.lmax, "seed": run.seed, "tag": run.tag}
+    try:
+        compressor, folder = run.compressor(), compressor_folder(run.sweep.results_dir, run.tag)
+        if not _finished(folder / COMPRESSOR_RESULT_NAME, compressor):
+            train_compressor(compressor, on_checkpoint)
+        npe = run.npe(str(folder / CHECKPOINT_NAME))
+        result_path = npe_folder(run.sweep.results_dir, run.tag) / RESULT_NAME
+        if not _finished(result_path, npe):
+            train_npe(npe, on_checkpoint)
+        result = read_json(result_path, "stage 2")
+        keys = ("fom_fiducial_median", "fom_fiducial_std", "fom_test_median")
+        return point | {key: result[key] for key in keys} | {"s": result["calibration"]["s"]}
+    except Exception as error:  # whatever it is, the other points do not depend on it
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        say(f"error: {run.tag}: {kind}{error}")
+        return point | {"error": f"{kind}{error}"}
+
+
+def _finished(path: Path, config: ResultsOptions) -> bool:
+    """Whether a stage has its result, from the same options.
+
+    Raises:
+        UserError: it has one from others.
+    """
+    if not path.exists():
+        return False
+    names = begun_with(config)
+    there = read_json(path, "this stage")["config"]
+    if differs := difference({name: there.get(name) for name in names}, names):
+        raise UserError(f"{path} was made with other options ({differs}); give the same, or another --name")
+    return True
+
+
+def run_sweep(
+    config: SweepConfig,
+    on_checkpoint: Callable[[], None] = lambda: None,
+    points: Iterable[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The curve: every point, one after the other, unless they are given.
+
+    Args:
+        config: all options.
+        on_checkpoint: as in train_compressor.
+        points: what run_point has returned elsewhere.
+
+    Returns:
+        the content of fom_vs_lmax.json: `points`, `curve` (per lmax the mean over seeds `fom`, its scatter over seeds
+        `std_over_seeds` and the mean scatter over tiles `std_over_tiles`), `failed`, `folder`.
+
+    Raises:
+        UserError: no point at all succeeded.
+    """
+    folder = sweep_folder(config.results_dir, config.name)
+    with claimed(folder):
+        found = [run_point(run, on_checkpoint) for run in config.runs] if points is None else list(points)
+        by_lmax = defaultdict(list)
+        for point in found:
+            if "error" not in point:
+                by_lmax[point["lmax"]].append(point)
+        if not by_lmax:
+            raise UserError(f"no point of the sweep succeeded; the first failed with: {found[0]['error']}")
+        curve = []
+        for lmax, group in sorted(by_lmax.items()):
+            medians = [point["fom_fiducial_median"] for point in group]
+            curve.append(
+                {
+                    "lmax": lmax,
+                    "n_seeds": len(group),
+                    "fom": float(np.mean(medians)),
+                    "std_over_seeds": float(np.std(medians, ddof=1)) if len(group) > 1 else None,
+                    "std_over_tiles": float(np.mean([point["fom_fiducial_std"] for point in group])),
+                    "s": float(np.mean([point["s"] for point in group])),
+                }
+            )
+        result = {
+            "noise_level": config.noise_level,
+            "curve": curve,
+            "points": found,
+            "failed": [point["tag"] for point in found if "error" in point],
+            "folder": str(folder),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_curve(curve, found, config.noise_level, folder / PICTURE_NAME)
+        write_json(folder / CURVE_NAME, result)
+    on_checkpoint()
+    return result

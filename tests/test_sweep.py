@@ -1,0 +1,77 @@
+"""The Figure of Merit against lmax, over seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_LMAX, SMALL_SUITE
+
+from common.config import MockConfig, SweepConfig
+from common.errors import UserError
+from data.mock.suite import build_suite
+
+OTHER_LMAX = 24  # 16 x 16 pixels as well
+STAGE_1 = "--backbone tiny --max-epochs 2 --batch-size 64 --warmup-steps 10 --device cpu"
+STAGE_2 = "--max-epochs 3 --n-members 2 --device cpu"
+
+
+def test_a_sweep_draws_its_curve_skips_what_is_finished_and_survives_a_failed_point(
+    tmp_path: Path, run_command: Callable
+) -> None:
+    build_suite(MockConfig(results_dir=str(tmp_path), **SMALL_SUITE))
+    options = ["--results-dir", tmp_path, "--lmax", f"{OTHER_LMAX},{SMALL_LMAX}", "--seeds", 2, "--noise-level"]
+    options += ["noiseless", "--stage-1", STAGE_1, "--stage-2", STAGE_2]
+    code, out, err = run_command("run_sweep.py", *options)
+    assert code == 0
+    folder = tmp_path / "sweeps" / "sweep"
+    result = json.loads((folder / "fom_vs_lmax.json").read_text())
+    assert result["failed"] == [f"sweep_lmax{OTHER_LMAX}_seed42", f"sweep_lmax{OTHER_LMAX}_seed43"]
+    assert "no shard_*.parquet" in out
+    assert "no shard_*.parquet" in err
+    assert [row["lmax"] for row in result["curve"]] == [SMALL_LMAX]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*result.json")}
+    assert len(before) == 4
+
+    build_suite(MockConfig(results_dir=str(tmp_path), **{**SMALL_SUITE, "lmax": OTHER_LMAX}))
+    assert run_command("run_sweep.py", *options)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # finished points are skipped
+    result = json.loads((folder / "fom_vs_lmax.json").read_text())
+    assert result["failed"] == []
+    for row in result["curve"]:
+        runs = [
+            json.loads((tmp_path / f"field_npe_runs/sweep_lmax{row['lmax']}_seed{seed}/fom_result.json").read_text())
+            for seed in (42, 43)
+        ]
+        medians = [run["fom_fiducial_median"] for run in runs]
+        assert [run["lmax"] for run in runs] == [row["lmax"]] * 2
+        assert row["fom"] == pytest.approx(statistics.mean(medians))
+        assert row["std_over_seeds"] == pytest.approx(statistics.stdev(medians)) != 0
+        assert row["std_over_tiles"] == pytest.approx(statistics.mean(run["fom_fiducial_std"] for run in runs))
+    assert (folder / "fom_vs_lmax.png").stat().st_size > 10_000
+
+    # A point that was made otherwise is not passed off as this sweep's.
+    code, _, err = run_command("run_sweep.py", *options[:-1], STAGE_2.replace("3", "4"))
+    assert code == 2
+    assert "--max-epochs 3 there, 4 here" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"lmax": "200;400"}, "--lmax"),
+        ({"stage_1": "--learning-rate -1"}, "--learning-rate"),
+        ({"stage_2": "--lmax 200"}, None),
+        ({"stage_1": "--seed 3"}, "--seed is the sweep's own"),
+        ({"name": "../x"}, "--name"),
+    ],
+)
+def test_senseless_sweeps_are_refused_before_anything_runs(options: dict[str, str], named: str | None) -> None:
+    if named is None:
+        SweepConfig(**options)
+        return
+    with pytest.raises(UserError, match=named):
+        SweepConfig(**options)
