@@ -51,6 +51,11 @@ def run(command: str) -> None:
     subprocess.run([sys.executable, str(ROOT / script), *options], check=True)
 
 
+def home_of(results: Path, geometry: str, n_sims: int) -> Path:
+    """Results folder of a suite and its runs."""
+    return results / (geometry if n_sims == N_SIMS else f"{geometry}_{n_sims}")
+
+
 def fiducial_tiles(lmax: int) -> Tiles:
     """Disjoint tiles of fresh skies at the fiducial cosmology."""
     cosmo = np.array([FIDUCIAL[name] for name in COSMO_NAMES])
@@ -149,12 +154,9 @@ def main() -> None:
     lmax, results = options.lmax, options.results_dir
     tiles = f"--lmax {lmax} --noise-level {NOISE_LEVEL}"
 
-    def home_of(geometry: str) -> Path:
-        return results / (geometry if options.n_sims == N_SIMS else f"{geometry}_{options.n_sims}")
-
     run(f"run_mock.py {tiles} --fresh --n-sims {N_FRESH} --results-dir {results}")
     for geometry in GEOMETRIES:
-        home = home_of(geometry)
+        home = home_of(results, geometry, options.n_sims)
         run(f"run_mock.py {tiles} --geometry {geometry} --n-sims {options.n_sims} --results-dir {home}")
     fresh = read_tiles(tiles_folder("", results, lmax, NOISE_LEVEL, fresh=True), lmax, NOISE_LEVEL)
     fiducial = fiducial_tiles(lmax)
@@ -164,7 +166,7 @@ def main() -> None:
         for geometry, split in CONFIGURATIONS:
             if split not in options.splits:
                 continue
-            tag, home = f"{options.backbone}_lmax{lmax}_{split}_{seed}", home_of(geometry)
+            tag, home = f"{options.backbone}_lmax{lmax}_{split}_{seed}", home_of(results, geometry, options.n_sims)
             run_folder, npe_run = compressor_folder(home, tag), npe_folder(home, tag)
             if not (run_folder / "result.json").exists():
                 run(

@@ -49,7 +49,7 @@ class OneByOne(CompressedTileDataset):
 def measure(backbone: Backbone, n_train: int, n_single: int, device: torch.device) -> Row:
     """One line of the table; the usual way with fewer tiles, since it takes so long."""
     config = NPEConfig(ckpt="", max_epochs=EPOCHS)
-    dtype = pick_precision("auto", device)
+    dtype = pick_precision("auto", device, backbone)
     torch.manual_seed(0)
     compressor = FieldLevelCompressor(backbone, dtype).to(device).eval()
     stats = NormStats((0.0,) * 4, (1.0,) * 4, (0.5, 0.5), (1.0, 1.0))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from benchmarks.leakage import N_FRESH, N_SIMS, NOISE_LEVEL, mean_and_error, run
+from benchmarks.leakage import N_FRESH, N_SIMS, NOISE_LEVEL, home_of, mean_and_error, run
 from common.artifacts import compressor_folder, read_json, tiles_folder, write_json
 from common.device import describe_device, pick_device, versions
 from compress.model import load_compressor
@@ -72,13 +72,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="tiny")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--n-sims", type=int, default=N_SIMS)
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--results-dir", type=Path, default=Path("build/leakage"))
     options = parser.parse_args()
-    home = options.results_dir / "disjoint"
+    home = home_of(options.results_dir, "disjoint", options.n_sims)
     tiles = f"--lmax {LMAX} --noise-level {NOISE_LEVEL}"
     run(f"run_mock.py {tiles} --fresh --n-sims {N_FRESH} --results-dir {options.results_dir}")
-    run(f"run_mock.py {tiles} --geometry disjoint --n-sims {N_SIMS} --results-dir {home}")
+    run(f"run_mock.py {tiles} --geometry disjoint --n-sims {options.n_sims} --results-dir {home}")
     folder = tiles_folder("", options.results_dir, LMAX, NOISE_LEVEL, fresh=True)
     fresh, _ = read_tiles_through_cache(folder, LMAX, NOISE_LEVEL)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.recipes}
@@ -92,9 +93,15 @@ def main() -> None:
                     f"--results-dir {home} --tag {tag}"
                 )
             found[name].append(judge(run_folder, fresh))
-        record = {"lmax": LMAX, "backbone": options.backbone, "recipes": RECIPES, "runs": found}
+        record = {
+            "lmax": LMAX,
+            "n_sims": options.n_sims,
+            "backbone": options.backbone,
+            "recipes": RECIPES,
+            "runs": found,
+        }
         record |= {"device": describe_device(pick_device("auto")), "versions": versions()}
-        write_json(options.results_dir / f"recipes_{options.backbone}.json", record)
+        write_json(options.results_dir / f"recipes_{options.backbone}_{options.n_sims}.json", record)
         print(f"\n{seed} of {options.seeds} seeds\n{table(found)}\n", flush=True)
 
 

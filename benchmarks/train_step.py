@@ -79,7 +79,7 @@ def measure(
     config = CompressorConfig(
         backbone=backbone, max_epochs=1, batch_size=batch, warmup_steps=10, device=device.type, precision=precision
     )  # type: ignore[arg-type]
-    dtype = pick_precision(precision, device)
+    dtype = pick_precision(precision, device, backbone)
     model = FieldLevelCompressor(backbone, dtype).to(device)
     tiles = random_tiles((n_steps + n_val) * batch, nside)
     stats = NormStats((0.0,) * 4, (1.0,) * 4, (0.5, 0.5), (1.0, 1.0))

@@ -155,8 +155,25 @@ def read_json(path: Path, written_by: str = "stage 1") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {written_by} writes it, keep the files of a run together") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); run {written_by} again") from None
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON content with `sha256`, the hash of all the rest."""
+    return {**content, "sha256": sha256_of_json(content)}
+
+
+def read_sealed(path: Path, written_by: str) -> dict[str, Any]:
+    """Read JSON that was sealed.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or was changed.
+    """
+    content = read_json(path, written_by)
+    if not isinstance(content, dict) or content != sealed({k: v for k, v in content.items() if k != "sha256"}):
+        raise UserError(f"{path} was changed after it was written (its hash does not fit); run {written_by} again")
+    return content
 
 
 def sha256_of_json(content: Any) -> str:

@@ -131,7 +131,11 @@ class TrainingOptions(SharedOptions):
     """What a training computes with."""
 
     device: Device = option("auto", "auto takes cuda, then mps, then cpu")
-    precision: Precision = option("auto", "autocast of the compressor; auto: bf16 on cuda, float32 elsewhere")
+    precision: Precision = option(
+        "auto",
+        "autocast of the compressor; auto: bf16 on cuda, and for efficientnet_v2_s on a CPU that computes in bf16, "
+        "else float32",
+    )
     noiseless_tiles: str = option(
         "",
         "folder of the same tiles without noise; every training tile is then its signal with another tile's noise "

@@ -20,6 +20,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def computes_in_bf16() -> bool:
+    """Whether the processor has bf16 arithmetic of its own; known on Linux alone."""
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def free_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its container if that has a limit.
 

@@ -113,7 +113,7 @@ def load_compressor(path: Path, device: torch.device, precision: Precision) -> T
     content = load_checkpoint(path, KIND, ("model", "config", *HASHES, "epoch", "val_mse"))
     try:
         config = CompressorConfig(**content["config"])
-        model = FieldLevelCompressor(config.backbone, pick_precision(precision, device))
+        model = FieldLevelCompressor(config.backbone, pick_precision(precision, device, config.backbone))
         model.load_state_dict(content["model"])
     except (TypeError, RuntimeError, AttributeError):
         raise UserError(f"{path}: weights and options in it do not belong together; run stage 1 again") from None

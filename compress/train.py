@@ -19,6 +19,7 @@ from common.artifacts import (
     compressor_folder,
     make_empty_folder,
     refuse_finished_run,
+    sealed,
     tiles_folder,
     write_json,
 )
@@ -60,7 +61,7 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
 
 def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], None]) -> dict[str, Any]:
     device = pick_device(config.device)
-    dtype = pick_precision(config.precision, device)
+    dtype = pick_precision(config.precision, device, config.backbone)
     options = begun_with(config) | {"precision": str(dtype).removeprefix("torch.")}
     goes_on = resumable(folder, options, config.restart)
     torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
@@ -120,6 +121,7 @@ def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], N
         "versions": versions(),
         "config": asdict(config),
     }
+    result = sealed(result)
     draw_loss_curves(
         folder / METRICS_NAME,
         folder / "loss_curves.png",

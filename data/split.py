@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.artifacts import read_json, sha256_of_json, write_json
+from common.artifacts import read_sealed, sealed, write_json
 from common.config import SplitBy
 from common.errors import UserError
 from data.schema import KEY_NAMES
@@ -55,7 +55,7 @@ class SplitManifest:
             "key": list(KEY_NAMES),
             "splits": {name: keys.tolist() for name, keys in self.splits.items()},
         }
-        return {**content, "sha256": sha256_of_json(content)}
+        return sealed(content)
 
     @property
     def sha256(self) -> str:
@@ -120,17 +120,13 @@ def read_manifest(folder: Path) -> SplitManifest:
         UserError: missing, not JSON, or changed since it was written.
     """
     path = folder / MANIFEST_NAME
-    content = read_json(path)
+    content = read_sealed(path, "stage 1")
     try:
         splits = {name: np.array(content["splits"][name], dtype=np.int64).reshape(-1, 3) for name in SPLIT_NAMES}
         fields = ("split_by", "seed", "fiducial_sim_id", "lmax", "noise_level", "fingerprint")
-        manifest = SplitManifest(**{field: content[field] for field in fields}, splits=splits)
-        intact = content == manifest.to_json()
+        return SplitManifest(**{field: content[field] for field in fields}, splits=splits)
     except (KeyError, TypeError, ValueError):
-        intact = False
-    if not intact:
-        raise UserError(f"{path} was changed after it was written (its hash does not fit); run stage 1 again")
-    return manifest
+        raise UserError(f"{path} is not what this version writes; run stage 1 again") from None
 
 
 def split_indices(manifest: SplitManifest, tiles: Tiles, folder: Path) -> dict[str, np.ndarray]:

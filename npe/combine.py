@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from common.artifacts import read_json
+from common.artifacts import read_sealed
 from common.errors import UserError, exit_on_user_error
 from npe.ensemble import ensemble_to_json
 from npe.model import Posterior
@@ -36,7 +36,7 @@ def combine_runs(folders: list[Path]) -> dict[str, Any]:
     """
     if len(folders) < 2:
         raise UserError("give the folders of two or more stage-2 runs, e.g. results/field_npe_runs/seed_*")
-    results = [read_json(folder / RESULT_NAME, "stage 2") for folder in folders]
+    results = [read_sealed(folder / RESULT_NAME, "stage 2") for folder in folders]
     for folder, result in zip(folders, results, strict=True):
         for key in SAME:
             if result[key] != results[0][key]:

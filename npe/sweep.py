@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.artifacts import claimed, compressor_folder, npe_folder, read_json, sweep_folder, write_json
+from common.artifacts import claimed, compressor_folder, npe_folder, read_sealed, sweep_folder, write_json
 from common.config import ResultsOptions, SweepConfig, SweepRun, begun_with, difference
 from common.errors import UserError, say
 from compress.model import CHECKPOINT_NAME
@@ -41,7 +41,7 @@ def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -
         result_path = npe_folder(run.sweep.results_dir, run.tag) / RESULT_NAME
         if not _finished(result_path, npe):
             train_npe(npe, on_checkpoint)
-        result = read_json(result_path, "stage 2")
+        result = read_sealed(result_path, "stage 2")
         keys = ("fom_fiducial_median", "fom_fiducial_std", "fom_test_median")
         return point | {key: result[key] for key in keys} | {"s": result["calibration"]["s"]}
     except Exception as error:  # whatever it is, the other points do not depend on it
@@ -59,7 +59,7 @@ def _finished(path: Path, config: ResultsOptions) -> bool:
     if not path.exists():
         return False
     names = begun_with(config)
-    there = read_json(path, "this stage")["config"]
+    there = read_sealed(path, "this stage")["config"]
     if differs := difference({name: there.get(name) for name in names}, names):
         raise UserError(f"{path} was made with other options ({differs}); give the same, or another --name")
     return True

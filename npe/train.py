@@ -17,6 +17,7 @@ from common.artifacts import (
     make_empty_folder,
     npe_folder,
     refuse_finished_run,
+    sealed,
     tiles_folder,
     write_json,
 )
@@ -171,6 +172,7 @@ def _train(
         "versions": versions(),
         "config": asdict(config),
     }
+    result = sealed(result)
     draw_fom(fiducial, np.array(result["fiducial"]["theta_true"]), result, folder / "fom.png")
     draw_calibration(calibration, calibration_name, folder / "calibration.png")
     draw_loss_curves(

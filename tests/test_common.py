@@ -73,7 +73,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_without_running(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path = tmp_path / "best.ckpt"
-    torch.save({"format": 1, "kind": "compressor", "model": _Bomb()}, path)
+    torch.save({"format": 2, "kind": "compressor", "model": _Bomb()}, path)
     with pytest.raises(UserError, match=r"best.ckpt is not a checkpoint of this program"):
         load_checkpoint(path, "compressor", ("model",))
     assert "ran code" not in capsys.readouterr().out
@@ -89,8 +89,14 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
         load_checkpoint(path, "compressor", ("model",))
     with pytest.raises(UserError, match=r"lacks config"):
         load_checkpoint(path, "npe", ("model", "config"))
-    path.write_bytes(path.read_bytes()[:-100])
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
     with pytest.raises(UserError, match=r"is not a checkpoint"):
+        load_checkpoint(path, "npe", ("model",))
+    weights = torch.ones(2).numpy().tobytes()
+    assert content.count(weights) == 1
+    path.write_bytes(content.replace(weights, torch.tensor([1.0, 1.5]).numpy().tobytes()))
+    with pytest.raises(UserError, match=r"its hash does not fit"):
         load_checkpoint(path, "npe", ("model",))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from common.config import CheckConfig, CompressorConfig, MockConfig, NPEConfig
+from common.config import CheckConfig, CompressorConfig, MockConfig, NPEConfig, SweepConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Appended to each command: the last value of an option counts.
@@ -27,6 +27,7 @@ CONFIGS = {
     "run_check.py": CheckConfig,
     "run_compressor.py": CompressorConfig,
     "run_npe.py": NPEConfig,
+    "run_sweep.py": SweepConfig,
 }
 
 
@@ -63,7 +64,7 @@ def test_the_quick_start_runs_from_tiles_to_fom(tmp_path: Path) -> None:
     for key in json.loads(next(tmp_path.rglob("split_manifest.json")).read_text()):
         assert f"`{key}`" in README, f"the README does not explain {key} of split_manifest.json"
     for path in (tmp_path / "results").rglob("*.*"):
-        name = "shard_" if path.name.startswith("shard_") else path.name
+        name = "shard_" if path.name.startswith("shard_") else ".lock" if path.suffix == ".lock" else path.name
         assert name in README, f"the README does not name {path.name}"
 
 
