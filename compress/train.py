@@ -33,7 +33,7 @@ from common.resume import LastCheckpoint, Position, resumable
 from common.schedule import ema_decay_at, lr_at
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, load_compressor, save_compressor
 from compress.pictures import draw_predictions
-from data.module import TileDataModule, TileDataset, batch_positions, batches, n_batches
+from data.module import TileDataModule, TileDataset, batches, n_batches, names_of_batch
 from data.norm_stats import write_norm_stats
 from data.split import write_manifest
 
@@ -240,13 +240,12 @@ def _finite_mean(at: Position, data: TileDataModule, config: CompressorConfig, f
     """
     losses = torch.stack(at.losses)
     if not (finite := losses.isfinite()).all():
-        batch, dataset = int((~finite).int().argmax()), data.compressor_train_ds
-        positions = batch_positions(len(dataset), config.batch_size, _shuffle(config, at.epoch))[batch]
-        keys = data.tiles.keys[dataset.rows[positions].numpy()]  # (B, 3)
+        batch, shuffle = int((~finite).int().argmax()), _shuffle(config, at.epoch)
+        names = names_of_batch(data.compressor_train_ds, config.batch_size, shuffle, batch)
         raise UserError(
             f"the loss became {float(losses[batch])} in epoch {at.epoch}, batch {batch}; the best weights so far, if "
             f"any, are in {folder}; try --restart with a lower --learning-rate or longer --warmup-steps, and look at "
-            f"the batch's tiles (sim/orientation/tile): {' '.join('/'.join(map(str, key)) for key in keys.tolist())}"
+            f"the batch's tiles (sim/orientation/tile): {names}"
         )
     return float(losses.mean())
 

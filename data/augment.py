@@ -33,6 +33,10 @@ class Symmetries:
     roll_rows: torch.Tensor
     roll_cols: torch.Tensor
 
+    def of(self, some: slice) -> Symmetries:
+        """Those of some tiles."""
+        return Symmetries(*(getattr(self, name)[some] for name in Symmetries.__dataclass_fields__))
+
 
 def draw_symmetries(
     n_tiles: int, nside: int, generator: torch.Generator, *, turns: bool = True, rolls: bool = True

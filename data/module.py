@@ -55,16 +55,17 @@ class TileDataset:
         device: torch.device,
         augment: torch.Generator | None = None,
         signal: torch.Tensor | TileStream | None = None,
+        keys: np.ndarray | None = None,
     ) -> None:
         self.source, self.theta, self.device, self.augment, self.signal = source, theta, device, augment, signal
-        self.rows = torch.from_numpy(rows)
+        self.rows, self.keys = torch.from_numpy(rows), keys
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def augmented(self, generator: torch.Generator) -> TileDataset:
         """The same tiles, augmented with draws from `generator`."""
-        return TileDataset(self.source, self.theta, self.rows.numpy(), self.device, generator, self.signal)
+        return TileDataset(self.source, self.theta, self.rows.numpy(), self.device, generator, self.signal, self.keys)
 
     def prefetch(self, positions: torch.Tensor) -> None:
         """Say which batch is asked for next."""
@@ -73,19 +74,30 @@ class TileDataset:
             first.prefetch(self.rows[positions])
 
     def __getitems__(self, positions: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return next(self.in_parts(positions, len(positions)))
+
+    def in_parts(
+        self, positions: Sequence[int] | torch.Tensor, size: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A batch in parts of `size` tiles: the tiles and draws are those of the whole batch."""
         rows = self.rows[torch.as_tensor(positions)]  # (B,)
         theta = self.theta[rows].to(self.device, non_blocking=True)
         if self.augment is None:
-            return _picked(self.source, rows), theta
-        symmetries = draw_symmetries(len(rows), _nside(self.source), self.augment)
-        if self.signal is None:
-            return _transformed(self.source, rows, symmetries), theta
-        kappa = _transformed(self.signal, rows, symmetries)
-        others = self.rows[torch.randint(len(self.rows), (len(rows),), generator=self.augment)]  # (B,)
-        symmetries = draw_symmetries(len(rows), _nside(self.source), self.augment)
-        kappa += _transformed(self.source, others, symmetries)
-        kappa -= _transformed(self.signal, others, symmetries)
-        return kappa, theta
+            views = [_View(self.source, rows)]
+        else:
+            symmetries = draw_symmetries(len(rows), _nside(self.source), self.augment)
+            views = [_View(self.source if self.signal is None else self.signal, rows, symmetries)]
+            if self.signal is not None:
+                others = self.rows[torch.randint(len(self.rows), (len(rows),), generator=self.augment)]  # (B,)
+                symmetries = draw_symmetries(len(rows), _nside(self.source), self.augment)
+                views += [_View(self.source, others, symmetries), _View(self.signal, others, symmetries)]
+        for start in range(0, len(rows), size):
+            some = slice(start, start + size)
+            kappa = views[0].take(some)
+            if len(views) > 1:  # the noise is what the other tile has beside its signal
+                kappa += views[1].take(some)
+                kappa -= views[2].take(some)
+            yield kappa, theta[some]
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         kappa, theta = self.__getitems__([position])
@@ -96,18 +108,23 @@ def _nside(source: torch.Tensor | TileStream) -> int:
     return source.nside if isinstance(source, TileStream) else source.shape[-1]
 
 
-def _picked(source: torch.Tensor | TileStream, rows: torch.Tensor) -> torch.Tensor:
-    """Tiles (B, 4, N, N) as they are."""
-    if isinstance(source, TileStream):
-        return source.read(rows)
-    return source.permute(0, 2, 3, 1)[rows.to(source.device)].permute(0, 3, 1, 2)  # (B, 4, N, N)
+class _View:
+    """Tiles of a batch, transformed if symmetries are given; streamed ones are read at once."""
 
+    def __init__(
+        self, source: torch.Tensor | TileStream, rows: torch.Tensor, symmetries: Symmetries | None = None
+    ) -> None:
+        if isinstance(source, TileStream):
+            source, rows = source.read(rows), torch.arange(len(rows))
+        self.store, self.rows = source, rows  # (n, 4, N, N), (B,)
+        self.symmetries = symmetries
 
-def _transformed(source: torch.Tensor | TileStream, rows: torch.Tensor, symmetries: Symmetries) -> torch.Tensor:
-    """Tiles (B, 4, N, N), each transformed."""
-    if isinstance(source, TileStream):
-        return gather_augmented(source.read(rows), torch.arange(len(rows)), symmetries)
-    return gather_augmented(source, rows, symmetries)
+    def take(self, some: slice) -> torch.Tensor:
+        """Some of them, (m, 4, N, N)."""
+        if self.symmetries is None:
+            picked = self.store.permute(0, 2, 3, 1)[self.rows[some].to(self.store.device)]  # (m, N, N, 4)
+            return picked.permute(0, 3, 1, 2)  # (m, 4, N, N)
+        return gather_augmented(self.store, self.rows[some], self.symmetries.of(some))
 
 
 def batch_positions(n: int, batch_size: int, shuffle: torch.Generator | None) -> list[torch.Tensor]:
@@ -138,6 +155,12 @@ def batches(
         if following is not None:
             dataset.prefetch(following)
         yield batch
+
+
+def names_of_batch(dataset: TileDataset, batch_size: int, shuffle: torch.Generator, batch: int) -> str:
+    """The tiles of one batch of an epoch, given its shuffle: sim_id/orientation_id/tile_id, or the rows if unknown."""
+    rows = dataset.rows[batch_positions(len(dataset), batch_size, shuffle)[batch]].tolist()
+    return " ".join(str(row) if dataset.keys is None else "/".join(map(str, dataset.keys[row])) for row in rows)
 
 
 class TileDataModule:
@@ -201,7 +224,9 @@ class TileDataModule:
             noiseless = read_signal(self.noiseless_dir, self.tiles)
             signal = whole_dataset(noiseless, self.norm_stats, self.device, self.dtype, self.feed).source
         self.compressor_train_ds, self.npe_train_ds, self.test_ds, self.fiducial_ds = (
-            TileDataset(everything.source, everything.theta, indices[name], self.device, signal=signal)
+            TileDataset(
+                everything.source, everything.theta, indices[name], self.device, signal=signal, keys=self.tiles.keys
+            )
             for name in SPLIT_NAMES
         )
 

@@ -285,7 +285,7 @@ def description_of(path: Path) -> str | None:
     except (pa.ArrowException, OSError):
         return None
     text = metadata.get(METADATA_KEY.encode())
-    return None if text is None else text.decode()
+    return None if text is None else _text(text)
 
 
 def read_orientations(folder: Path, geometry: TileGeometry = "auto") -> Orientations | None:
@@ -296,10 +296,13 @@ def read_orientations(folder: Path, geometry: TileGeometry = "auto") -> Orientat
     if geometry != "auto":
         return ORIENTATIONS[geometry]
     first = min(folder.glob("shard_*.parquet"), default=folder)
-    description = json.loads(description_of(first) or "{}")
-    if ORIENTATIONS_KEY not in description:
-        return None
-    return tuple((first, second, third) for first, second, third in description[ORIENTATIONS_KEY] or ())
+    try:
+        description = json.loads(description_of(first) or "{}")
+        if ORIENTATIONS_KEY not in description:
+            return None
+        return tuple((float(z), float(y), float(x)) for z, y, x in description[ORIENTATIONS_KEY] or ())
+    except (ValueError, TypeError):
+        raise UserError(f"{first} does not say in JSON how it was made; make it again") from None
 
 
 @contextmanager
@@ -325,7 +328,7 @@ def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, n
             )
         _check_kappa_type(path, file.schema_arrow.field("kappa").type)
         table = file.read(columns=[*KEY_NAMES, "noise_level", *PARAM_NAMES])
-        metadata = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
+        metadata = {_text(key): _text(value) for key, value in (file.metadata.metadata or {}).items()}
     if METADATA_KEY in metadata and CONTENT_KEY not in metadata:
         raise UserError(f"{path} was made by run_mock.py but carries no hash of its rows; make it again (--restart)")
     for name in table.column_names:
@@ -352,6 +355,10 @@ def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, n
         raise UserError(f"{path}, row {row}: {name} is not finite; rebuild the shard")
     keys = np.stack([table[name].to_numpy() for name in KEY_NAMES], axis=1).astype(np.int64)  # (n, 3)
     return keys, params, metadata.get(CONTENT_KEY, "")
+
+
+def _text(value: bytes) -> str:
+    return value.decode(errors="replace")
 
 
 def _is_text(arrow_type: pa.DataType) -> bool:

@@ -11,12 +11,14 @@ from compress.model import FieldLevelCompressor
 from data.augment import Symmetries, fixed_views, gather_augmented
 from data.module import TileDataModule, TileDataset, batches
 
+TILES_IN_CACHE = 64  # on a CPU: what was just gathered is then still near when it is compressed
+
 
 class CompressedTileDataset:
     """(compressed_summary (2,), theta (2,)) of each tile of a TileDataset, on its device.
 
     The tile is augmented before compression if the tile data set is, so every access gives a new
-    summary. `__getitems__` compresses a whole batch in one forward pass per view.
+    summary. `__getitems__` compresses a whole batch in one forward pass per view, on a CPU in a few.
     """
 
     def __init__(self, tiles: TileDataset, compressor: FieldLevelCompressor, n_views: int = 1) -> None:
@@ -32,8 +34,10 @@ class CompressedTileDataset:
 
     @torch.no_grad()
     def __getitems__(self, positions: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        kappa, theta = self.tiles.__getitems__(positions)  # (B, 4, N, N), (B, 2)
-        return self.compress(kappa), theta  # (B, 2), (B, 2)
+        size = TILES_IN_CACHE if self.tiles.device.type == "cpu" else len(positions)
+        parts = [(self.compress(kappa), theta) for kappa, theta in self.tiles.in_parts(positions, size)]
+        summary, theta = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return summary, theta  # (B, 2), (B, 2)
 
     @torch.no_grad()
     def compress(self, kappa: torch.Tensor) -> torch.Tensor:

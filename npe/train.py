@@ -26,10 +26,10 @@ from common.device import describe_device, pick_device, seeded_generator, versio
 from common.errors import UserError, warn
 from common.figures import draw_loss_curves
 from common.progress import Progress, append_metrics, write_metrics
-from common.resume import LastCheckpoint, Part, resumable
+from common.resume import LastCheckpoint, Part, Position, resumable
 from compress.model import TrainedCompressor, load_compressor
 from data.cache import read_tiles_through_cache
-from data.module import TileDataModule, batches, whole_dataset
+from data.module import TileDataModule, batches, names_of_batch, whole_dataset
 from data.norm_stats import NORM_STATS_NAME, read_norm_stats
 from data.schema import THETA_NAMES
 from data.shards import Tiles
@@ -222,8 +222,9 @@ def fit(
         val_summary, val_theta = compress_all(compressed.val_ds, config.batch_size)  # never augmented: once is enough
         while at.epoch < config.max_epochs and not all(member.stopper.should_stop() for member in members):
             epoch_start = time.monotonic()
-            shuffle = seeded_generator(config.seed, f"npe shuffle {at.epoch}")
-            for summary, theta in batches(compressed.train_ds, config.batch_size, shuffle, first=at.batch):
+            for summary, theta in batches(
+                compressed.train_ds, config.batch_size, _shuffle(config, at.epoch), first=at.batch
+            ):
                 nll = torch.stack([member.npe.nll(summary, theta).mean() for member in members])  # (n_members,)
                 optimizer.zero_grad(set_to_none=True)
                 nll.sum().backward()
@@ -235,9 +236,7 @@ def fit(
                 test_nll = torch.stack([member.npe.nll(val_summary, val_theta).mean() for member in members]).cpu()
             train_nll = torch.stack(at.losses).mean(dim=0).cpu()  # (n_batches, n_members) -> (n_members,)
             if not (train_nll + test_nll).isfinite().all():
-                raise UserError(
-                    f"the NPE loss is not finite in epoch {at.epoch}; try --restart with a lower --learning-rate"
-                )
+                raise UserError(_not_finite(at, compressed, config))
             better = [member.judge(loss, at.epoch) for member, loss in zip(members, test_nll.tolist(), strict=True)]
             if any(better):
                 best = members[0].stopper
@@ -257,6 +256,24 @@ def fit(
             progress.advance(1, f"test_nll {test_nll[0]:.4f}, best {members[0].stopper.best_loss:.4f}")
     write_metrics(folder / METRICS_NAME, at.metrics)
     return members, last
+
+
+def _shuffle(config: NPEConfig, epoch: int) -> torch.Generator:
+    return seeded_generator(config.seed, f"npe shuffle {epoch}")
+
+
+def _not_finite(at: Position, compressed: CompressedTileDataModule, config: NPEConfig) -> str:
+    """What to say of an epoch with a loss that is not finite."""
+    bad = ~torch.stack(at.losses).isfinite().all(dim=1)  # (n_batches,)
+    cure = "try --restart with a lower --learning-rate"
+    if not bad.any():
+        return f"the NPE loss on the test split is not finite in epoch {at.epoch}; {cure}"
+    batch = int(bad.int().argmax())
+    names = names_of_batch(compressed.train_ds.tiles, config.batch_size, _shuffle(config, at.epoch), batch)
+    return (
+        f"the NPE loss is not finite in epoch {at.epoch}, batch {batch}; {cure}, and look at the batch's tiles "
+        f"(sim/orientation/tile): {names}"
+    )
 
 
 def _posterior_of(npe: GaussianNPE, dataset: CompressedTileDataset, data: TileDataModule, batch_size: int) -> Posterior:

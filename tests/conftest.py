@@ -70,10 +70,10 @@ def make_tiles(n_sims: int, nside: int, lmax: int, seed: int = 0, noise_level: s
     return Tiles(kappa, keys, np.repeat(per_sim, 12, axis=0), lmax, noise_level)
 
 
-def write_tiles(folder: Path, tiles: Tiles, rows_per_shard: int) -> None:
+def write_tiles(folder: Path, tiles: Tiles, rows_per_shard: int, metadata: dict[str, str] | None = None) -> None:
     """Write tiles as compact shards of so many rows."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(tiles.keys), rows_per_shard)):
         part = slice(start, start + rows_per_shard)
-        with open_shard(folder / f"shard_{number:04d}.parquet", tiles.kappa.shape[2], {}) as shard:
+        with open_shard(folder / f"shard_{number:04d}.parquet", tiles.kappa.shape[2], metadata or {}) as shard:
             shard.write(tiles.kappa[part], tiles.keys[part], tiles.params[part], tiles.noise_level)

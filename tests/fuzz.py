@@ -24,7 +24,7 @@ from conftest import make_tiles, write_tiles
 from common.errors import UserError
 from data.cache import FOLDER, read_tiles_through_cache
 from data.schema import KEY_NAMES, PARAM_NAMES
-from data.shards import CONTENT_KEY, Tiles
+from data.shards import CONTENT_KEY, METADATA_KEY, Tiles
 
 LMAX, NSIDE, LEVEL, ROWS = 64, 32, "des_y3", 60
 LABELS = [*KEY_NAMES, *PARAM_NAMES]
@@ -106,14 +106,17 @@ def swap_label(table: pa.Table, rng: Rng) -> pa.Table:
     name, row = str(rng.choice(LABELS)), int(rng.integers(table.num_rows))
     values = table[name].to_pylist()
     values[row] = rng.choice([float("nan"), 1e300, -1.0, 0.0]) if name in PARAM_NAMES else rng.choice([-1, 2**62, 0])
-    return table.set_column(table.column_names.index(name), table.schema.field(name), [values])
+    return table.set_column(
+        table.column_names.index(name), table.schema.field(name), pa.array(values, table.schema.field(name).type)
+    )
 
 
 def swap_pixel(table: pa.Table, rng: Rng) -> pa.Table:
     pixels = np.array(table["kappa"].to_pylist())  # (n, 4, N, N)
     place = tuple(int(rng.integers(size)) for size in pixels.shape)
     pixels[place] = rng.choice([float("nan"), float("inf"), 1e30, -pixels[place], 0.0])
-    return table.set_column(table.column_names.index("kappa"), table.schema.field("kappa"), [pixels.tolist()])
+    field = table.schema.field("kappa")
+    return table.set_column(table.column_names.index("kappa"), field, pa.array(pixels.tolist(), field.type))
 
 
 def cut_tile(table: pa.Table, rng: Rng) -> pa.Table:
@@ -183,7 +186,7 @@ def fuzz(n: int, seed: int) -> dict[str, float]:
     found = {"tried": 0, "refused": 0, "equal": 0, "longest_s": 0.0, "extra_memory_mb": 0.0}
     with tempfile.TemporaryDirectory() as scratch:
         ours, published = Path(scratch) / "ours", Path(scratch) / "published"
-        write_tiles(ours, tiles, ROWS)
+        write_tiles(ours, tiles, ROWS, {METADATA_KEY: "{}"})
         make_published(tiles, published)
         read_tiles_through_cache(published, LMAX, LEVEL)
         before = peak_memory(reset=True)

@@ -77,7 +77,7 @@ def test_stage_2_reaches_the_exact_posterior_of_a_linear_gaussian_problem(tmp_pa
     toy = LinearGaussian(np.array([[0.9, 0.2], [-0.3, 0.7]]), np.array([[0.10, 0.12], [0.12, 0.20]]))
     splits = Splits(toy.draw(20_000, 1), toy.draw(4_000, 2), toy.draw(500, 3))
     compressed = CompressedTileDataModule(splits, MeanCompressor(), seeded_generator(0, "augment"))  # type: ignore[arg-type]
-    config = NPEConfig(ckpt="none", max_epochs=40, learning_rate=2e-3, n_members=1)
+    config = NPEConfig(ckpt="none", max_epochs=40, learning_rate=5e-4, n_members=1)
     fit(compressed, config, {}, tmp_path, "none", lambda: None, CPU)
 
     npe = load_npe(tmp_path / "npe_best.ckpt", CPU)[0]

@@ -21,8 +21,11 @@ from conftest import ROOT, SMALL_LMAX, SMALL_SUITE
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 
 from common import interrupt
-from common.config import CompressorConfig, NPEConfig
+from common.config import CompressorConfig, MockConfig, NPEConfig
+from common.errors import UserError
 from compress.train import train_compressor
+from data.mock.suite import build_suite
+from data.module import TileDataset
 from npe.train import train_npe
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -232,10 +235,6 @@ def test_other_options_are_refused_with_what_differs(
 
 
 def test_other_tiles_are_refused(small_suite: Path, tmp_path: Path, stop_at: Callable[[int], None]) -> None:
-    from common.config import MockConfig
-    from common.errors import UserError
-    from data.mock.suite import build_suite
-
     shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
     config = CompressorConfig(
         results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=2, tag="t"
@@ -269,3 +268,46 @@ def test_stage_2_stopped_while_it_judges_goes_on(
     best = tmp_path / "field_npe_runs/t/npe_best.ckpt"
     assert best.stat().st_mtime < began  # the loop did not run again
     assert result["npe"]["epochs"] == 3
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_loss_that_is_not_finite_names_its_tiles_and_keeps_what_was_good(
+    small_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
+    first = CompressorConfig(
+        results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=2,
+        batch_size=64, warmup_steps=10, tag="t", checkpoint_seconds=0, device="cpu",
+    )  # fmt: skip
+    ckpt = tmp_path / "field_compressor_runs" / "t" / "best.ckpt"
+    second = NPEConfig(ckpt=str(ckpt), max_epochs=3, batch_size=50, checkpoint_seconds=0, device="cpu")
+    if stage == 2:
+        train_compressor(first)
+    run = (lambda: train_compressor(first)) if stage == 1 else (lambda: train_npe(second))
+    folder = ckpt.parent if stage == 1 else tmp_path / "field_npe_runs" / "t"
+    split = "compressor_train" if stage == 1 else "npe_train"
+    original, culprit = TileDataset.in_parts, []
+
+    def spoiled(dataset: TileDataset, positions: Any, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        bad = dataset.augment is not None and 7 in positions  # tile number 7 of the training split
+        if bad:
+            culprit[:] = dataset.rows[positions].tolist()
+        for kappa, theta in original(dataset, positions, size):
+            yield kappa, theta * float("nan") if bad else theta
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TileDataset, "in_parts", spoiled)
+        with pytest.raises(UserError, match=r"epoch 0, batch \d") as refused:
+            run()
+    named = str(refused.value).split("): ")[1].split()
+    manifest = json.loads((ckpt.parent / "split_manifest.json").read_text())
+    assert "/".join(map(str, manifest["splits"][split][7])) in named
+    keys = [key for name in manifest["splits"] for key in manifest["splits"][name]]
+    assert {tuple(map(int, name.split("/"))) for name in named} == {tuple(sorted(keys)[row]) for row in culprit}
+    last = folder / "last.ckpt"
+    if last.exists():  # the spoiled batch may have been the first
+        weights = torch.load(last, weights_only=True)["parts"]["model" if stage == 1 else "member 0"]
+        flat = weights if stage == 1 else weights["npe"]
+        assert all(tensor.isfinite().all() for tensor in flat.values())
+    assert not list(folder.glob("*result.json"))
+    run()  # mended, the same command goes on
