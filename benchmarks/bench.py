@@ -26,9 +26,9 @@ QUICK = {
     "mock_suite": ["--n-sims", "50"],
 }
 FULL = QUICK | {
-    "reading": ["--n-sims", "791"],
-    "streaming": ["--n-sims", "100"],
-    "mock_suite": ["--n-sims", "791"],
+    "reading": ["--n-sims", "791", "--rounds", "1"],
+    "streaming": ["--n-sims", "100", "--rounds", "1"],
+    "mock_suite": ["--n-sims", "791", "--rounds", "1"],
 }
 
 

@@ -20,7 +20,7 @@ import ducc0
 import numpy as np
 import torch
 
-from benchmarks.measure import Row, in_turns, report, seconds
+from benchmarks.measure import ROUNDS, Row, in_turns, report, seconds
 from common.config import MockConfig
 from common.machine import usable_cores
 from data.mock.fields import band_of
@@ -48,6 +48,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-sims", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--results-dir", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
 
@@ -60,7 +61,7 @@ def main() -> None:
             for _ in _in_order(pool, transforms, [LMAX] * options.n_sims, 2 * usable_cores()):
                 pass
 
-    found = in_turns({"ours": lambda: seconds(ours), "limit": lambda: seconds(limit)}, "mock suite")
+    found = in_turns({"ours": lambda: seconds(ours), "limit": lambda: seconds(limit)}, "mock suite", options.rounds)
     row = Row(f"mock suite, {options.n_sims} simulations, lmax {LMAX}", "s", **found, target="<= 1.2")
     report([row], torch.device("cpu"), options.results_dir / "mock_suite.json")
 

@@ -43,8 +43,8 @@ CASES: list[tuple[Backbone, int, int, int, int]] = [
     ("tiny", 128, 128, 8, 2),
     ("tiny", 256, 32, 8, 2),
     ("tiny", 512, 8, 8, 2),
-    ("efficientnet_b0", 128, 64, 4, 1),
-    ("efficientnet_v2_s", 128, 32, 4, 1),
+    ("efficientnet_b0", 128, 64, 8, 2),
+    ("efficientnet_v2_s", 128, 32, 8, 2),
 ]
 TARGETS = {"tiny": "<= 1/0.95 = 1.053", "efficientnet_b0": "<= 1/0.97 = 1.031", "efficientnet_v2_s": "<= 1.031"}
 WORKERS = 2

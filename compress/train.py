@@ -29,7 +29,7 @@ from common.early_stopping import EarlyStopping
 from common.errors import UserError, warn
 from common.figures import draw_loss_curves
 from common.progress import Progress, append_metrics, write_metrics
-from common.resume import LastCheckpoint, Position, resumable
+from common.resume import LastCheckpoint, Part, Position, resumable
 from common.schedule import ema_decay_at, lr_at
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, load_compressor, save_compressor
 from compress.pictures import draw_predictions
@@ -163,8 +163,8 @@ def fit(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    average = AveragedModel(model, use_buffers=True)
-    judged = cast(FieldLevelCompressor, average.module) if config.ema_decay else model
+    average = AveragedModel(model, use_buffers=True) if config.ema_decay else None
+    judged = model if average is None else cast(FieldLevelCompressor, average.module)
     augment, theta_noise = (seeded_generator(config.seed, f"compressor {name}") for name in ("augment", "theta noise"))
     train_ds = data.compressor_train_ds.augmented(augment)
     steps_per_epoch = n_batches(len(train_ds), config.batch_size)
@@ -177,10 +177,11 @@ def fit(
         decay_epochs=config.decay_epochs,
     )
     hashes = {"manifest_sha256": data.manifest.sha256, "norm_stats_sha256": data.norm_stats.sha256}
+    parts: dict[str, Part] = {"model": model, "optimizer": optimizer, "stopper": stopper}
     last = LastCheckpoint(
         folder,
         options | hashes,
-        {"model": model, "optimizer": optimizer, "average": average, "stopper": stopper},
+        parts if average is None else parts | {"average": average},
         {"augment": augment, "theta noise": theta_noise},
         config.checkpoint_seconds,
         on_checkpoint,
@@ -201,7 +202,7 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                if config.ema_decay:
+                if average is not None:
                     average.multi_avg_fn = get_ema_multi_avg_fn(ema_decay_at(step, config.ema_decay))
                     average.update_parameters(model)
                 step += 1

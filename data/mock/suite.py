@@ -10,9 +10,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,15 +124,28 @@ def _write_shards(
         for i in range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
     ]
     n_workers = config.workers or usable_cores()
-    with _worker_pool(n_workers) as pool, Progress("simulating", len(jobs), "simulations") as progress:
+    # A shard is synced to the disk while the next one is simulated.
+    with (
+        ThreadPoolExecutor(1, "shard closer") as closer,
+        _worker_pool(n_workers) as pool,
+        Progress("simulating", len(jobs), "simulations") as progress,
+    ):
         simulated = _in_order(pool, simulate, jobs, ahead=2 * n_workers)
+        closing: Future[None] | None = None
         for k in missing:
             shard_sims = range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
-            with open_shard(_shard_path(folder, k), nside, {METADATA_KEY: description}) as shard:
+            with ExitStack() as opened:
+                shard = opened.enter_context(open_shard(_shard_path(folder, k), nside, {METADATA_KEY: description}))
                 for i in shard_sims:
                     keys = tile_keys(int(sim_ids[i]))
                     shard.write(next(simulated), keys, np.tile(params[i], (TILES_PER_SIM, 1)), config.noise_level)
                     progress.advance()
+                if closing is not None:
+                    closing.result()
+                    on_checkpoint()
+                closing = closer.submit(opened.pop_all().close)
+        if closing is not None:
+            closing.result()
             on_checkpoint()
     draw_suite(_shard_path(folder, 0), nside, cosmologies, folder / "suite.png")
     (folder / RESTARTING).unlink(missing_ok=True)
