@@ -26,7 +26,7 @@ QUICK = {
     "mock_suite": ["--n-sims", "50"],
 }
 FULL = QUICK | {
-    "reading": ["--n-sims", "791", "--rounds", "1"],
+    "reading": ["--n-sims", "791", "--rounds", "1", "--without-datasets"],
     "streaming": ["--n-sims", "100", "--rounds", "1"],
     "mock_suite": ["--n-sims", "791", "--rounds", "1"],
 }

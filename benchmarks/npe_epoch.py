@@ -48,7 +48,7 @@ class OneByOne(CompressedTileDataset):
 
 def measure(backbone: Backbone, n_train: int, n_single: int, device: torch.device) -> Row:
     """One line of the table; the usual way with fewer tiles, since it takes so long."""
-    config = NPEConfig(ckpt="", max_epochs=EPOCHS)
+    config = NPEConfig(ckpt="", max_epochs=EPOCHS, checkpoint_seconds=float("inf"))
     dtype = pick_precision("auto", device, backbone)
     torch.manual_seed(0)
     compressor = FieldLevelCompressor(backbone, dtype).to(device).eval()

@@ -78,7 +78,13 @@ def measure(
 ) -> Row:
     """One line of the table."""
     config = CompressorConfig(
-        backbone=backbone, max_epochs=1, batch_size=batch, warmup_steps=10, device=device.type, precision=precision
+        backbone=backbone,
+        max_epochs=1,
+        batch_size=batch,
+        warmup_steps=10,
+        device=device.type,
+        precision=precision,
+        checkpoint_seconds=float("inf"),
     )  # type: ignore[arg-type]
     dtype = pick_precision(precision, device, backbone)
     model = FieldLevelCompressor(backbone, dtype).to(device)
