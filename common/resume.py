@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from common.artifacts import atomic_path
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.config import difference
 from common.errors import UserError, say
@@ -18,7 +19,7 @@ from common.interrupt import Interrupted, deferred
 
 LAST_NAME = "last.ckpt"
 KIND = "interrupted training"
-KEYS = ("begun_with", "position", "parts", "generators", "rng", "elapsed_s")
+KEYS = ("begun_with", "position", "parts", "generators", "rng", "files", "elapsed_s")
 
 
 class Part(Protocol):
@@ -67,6 +68,7 @@ class LastCheckpoint:
         begun_with: dict[str, Any],
         parts: dict[str, Part],
         generators: dict[str, torch.Generator],
+        best: str,
         seconds_between: float,
         on_saved: Callable[[], None],
     ) -> None:
@@ -76,11 +78,13 @@ class LastCheckpoint:
             begun_with: options and hashes that make the training what it is; it goes on only with the same.
             parts: what is trained and what trains it.
             generators: that the batches draw from, besides torch's own.
+            best: name of the file with the best weights so far, which is kept and put back with the rest: the one in
+                the folder may be of an epoch that comes after the saving.
             seconds_between: two savings at least.
             on_saved: called after each.
         """
         self.path, self.begun_with, self.parts, self.generators = folder / LAST_NAME, begun_with, parts, generators
-        self.seconds_between, self.on_saved = seconds_between, on_saved
+        self.best, self.seconds_between, self.on_saved = folder / best, seconds_between, on_saved
         self.position = Position()
         self.start = self.saved = time.monotonic()
 
@@ -102,6 +106,10 @@ class LastCheckpoint:
             torch.set_rng_state(content["rng"]["cpu"])
             if torch.cuda.is_available() and "cuda" in content["rng"]:
                 torch.cuda.set_rng_state(content["rng"]["cuda"])
+            self.best.unlink(missing_ok=True)
+            for name, whole in content["files"].items():
+                with atomic_path(self.path.with_name(name)) as temporary:
+                    temporary.write_bytes(whole.numpy().data)
             self.position = Position(**content["position"])
             self.start -= float(content["elapsed_s"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
@@ -126,12 +134,16 @@ class LastCheckpoint:
         rng = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             rng["cuda"] = torch.cuda.get_rng_state()
+        files = {}
+        if self.best.exists():
+            files[self.best.name] = torch.frombuffer(bytearray(self.best.read_bytes()), dtype=torch.uint8)
         content = {
             "begun_with": self.begun_with,
             "position": vars(self.position),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "generators": {name: generator.get_state() for name, generator in self.generators.items()},
             "rng": rng,
+            "files": files,
             "elapsed_s": self.elapsed_s(),
         }
         save_checkpoint(self.path, KIND, content)

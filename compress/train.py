@@ -183,6 +183,7 @@ def fit(
         options | hashes,
         parts if average is None else parts | {"average": average},
         {"augment": augment, "theta noise": theta_noise},
+        CHECKPOINT_NAME,
         config.checkpoint_seconds,
         on_checkpoint,
     )

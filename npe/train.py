@@ -214,7 +214,9 @@ def fit(
     augment = compressed.train_ds.tiles.augment
     assert augment is not None
     parts: dict[str, Part] = {"optimizer": optimizer} | {f"member {k}": member for k, member in enumerate(members)}
-    last = LastCheckpoint(folder, options, parts, {"augment": augment}, config.checkpoint_seconds, on_checkpoint)
+    last = LastCheckpoint(
+        folder, options, parts, {"augment": augment}, CHECKPOINT_NAME, config.checkpoint_seconds, on_checkpoint
+    )
     at = last.restore()
     write_metrics(folder / METRICS_NAME, at.metrics)
     with Progress("training the NPE", config.max_epochs, "epochs") as progress, last.saved_when_interrupted():

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -195,6 +194,7 @@ def test_a_network_that_draws_at_random_goes_on_as_well(
     with pytest.raises(interrupt.Interrupted, match=r"last.ckpt has epoch"):
         train_compressor(config("stopped"))
     torch.manual_seed(999)
+    (tmp_path / "field_compressor_runs/stopped/best.ckpt").write_bytes(b"of an epoch that will not be")
     stop_at(-1)
     train_compressor(config("stopped"))
     found, wanted = (
@@ -263,10 +263,8 @@ def test_stage_2_stopped_while_it_judges_goes_on(
         patch.setattr("npe.train.draw_fom", lambda *_: (_ for _ in ()).throw(interrupt.Interrupted(signal.SIGINT)))
         with pytest.raises(interrupt.Interrupted):
             train_npe(config)
-    began = time.time()
+    monkeypatch.setattr("npe.train.append_metrics", None)  # the loop must not run again
     result = train_npe(config)
-    best = tmp_path / "field_npe_runs/t/npe_best.ckpt"
-    assert best.stat().st_mtime < began  # the loop did not run again
     assert result["npe"]["epochs"] == 3
 
 
