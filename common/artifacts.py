@@ -8,13 +8,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from common.errors import UserError, warn
+from common.errors import UserError
+from common.lock import locked
 
 COMPRESSOR_RUNS = "field_compressor_runs"
 NPE_RUNS = "field_npe_runs"
@@ -63,26 +64,23 @@ def claimed(folder: Path) -> Iterator[None]:
         UserError: another process has it, or nothing can be written there.
     """
     lock_path = folder.parent / f".{folder.name}.lock"
-    lock = FileLock(lock_path, timeout=0)
     made = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"another process is writing {folder}; wait for it, or choose another --tag") from None
-    except NotImplementedError:
-        warn(f"{folder.parent} is on a file system without locks: see to it that no other process writes {folder}")
-    except OSError as error:
-        raise CannotWriteError(folder, error) from None
-    try:
-        yield
-    finally:
-        if not folder.exists():
-            with suppress(OSError):
-                lock_path.unlink()
-                for parent in made:
-                    parent.rmdir()
-        lock.release()
+    with ExitStack() as held:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(lock_path, timeout_s=0))
+        except Timeout:
+            raise UserError(f"another process is writing {folder}; wait for it, or choose another --tag") from None
+        except OSError as error:
+            raise CannotWriteError(folder, error) from None
+        try:
+            yield
+        finally:
+            if not folder.exists():
+                with suppress(OSError):
+                    lock_path.unlink()
+                    for parent in made:
+                        parent.rmdir()
 
 
 class CannotWriteError(UserError):

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
-
 from common.artifacts import CannotWriteError, atomic_path, sha256_of_file
 from common.errors import UserError, warn
+from common.lock import FOREVER, locked
 from common.machine import free_memory
 from data.moments import Moments, empty_moments, moments_of, moments_of_chunk
 from data.schema import N_BINS, nside_of
@@ -59,7 +58,7 @@ def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: i
     index = read_index(folder, lmax, noise_level, nside)
     try:
         cache.mkdir(exist_ok=True)
-        with FileLock(cache / LOCK):  # which a process that dies lets go of
+        with locked(cache / LOCK, FOREVER):
             if (found := _from_cache(cache, paths, wanted)) is not None:  # another one has made it meanwhile
                 return found
             digests, moments = _write_pixels(cache, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -156,3 +157,16 @@ def test_where_nothing_can_be_written_it_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write .*--results-dir"), claimed(tmp_path / "file" / "runs" / "t"):
         pass
+
+
+def test_where_the_file_system_has_no_locks_it_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    for _ in range(2):  # nothing is left that the next process, or container, would wait for
+        with claimed(tmp_path / "run"):
+            (tmp_path / "run").mkdir(exist_ok=True)
+            assert "without locks" in capsys.readouterr().err
