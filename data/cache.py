@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from common.artifacts import CannotWriteError, atomic_path, sha256_of_file
 from common.errors import UserError, warn
 from common.lock import FOREVER, locked

@@ -68,6 +68,10 @@ def test_the_quick_start_runs_from_tiles_to_fom(tmp_path: Path) -> None:
         assert name in README, f"the README does not name {path.name}"
 
 
+def flags_of(script: str) -> set[str]:
+    return {"--" + name.replace("_", "-") for name in CONFIGS[script].__dataclass_fields__}
+
+
 SLURM = f"```sh\n{(ROOT / 'docs' / 'slurm.sh').read_text()}```"
 
 
@@ -79,8 +83,11 @@ def test_every_option_in_readme_and_slurm_script_exists(prefix: str, text: str) 
     assert found
     for command in found:
         script = next(word for word in command if word.startswith("run_"))
-        flags = {"--" + name.replace("_", "-") for name in CONFIGS[script].__dataclass_fields__}
-        assert {word for word in command if word.startswith("--") and word != "--detach"} <= flags, command
+        for option, stage in (("--stage-1", "run_compressor.py"), ("--stage-2", "run_npe.py")):
+            if option in command:  # options within an option
+                inner = command.pop(command.index(option) + 1)
+                assert {word for word in shlex.split(inner) if word.startswith("--")} <= flags_of(stage), command
+        assert {word for word in command if word.startswith("--") and word != "--detach"} <= flags_of(script), command
 
 
 def test_make_targets_in_the_readme_exist() -> None:
