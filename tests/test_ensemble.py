@@ -10,7 +10,7 @@ import torch
 from scipy.stats import multivariate_normal
 from test_npe import CPU, LinearGaussian, MeanCompressor, Splits
 
-from common.artifacts import write_json
+from common.artifacts import sealed, write_json
 from common.config import NPEConfig
 from common.device import seeded_generator
 from common.errors import UserError
@@ -77,7 +77,7 @@ def test_combining_runs_recovers_their_scatter_and_refuses_strangers(tmp_path: P
         }
         result |= {"config": {"seed": seed}, "fiducial": {"mu": mu, "cov": cov}, "fom_fiducial_all": fom, **changed}
         (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "fom_result.json", result)
+        write_json(tmp_path / name / "fom_result.json", sealed(result))
         return tmp_path / name
 
     runs = [run(f"seed_{i}", i, scale) for i, scale in enumerate((0.9, 1.0, 1.1))]
