@@ -22,6 +22,7 @@ from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBC
 from common import interrupt
 from common.config import CompressorConfig, MockConfig, NPEConfig
 from common.errors import UserError
+from common.resume import LastCheckpoint
 from compress.train import train_compressor
 from data.mock.suite import build_suite
 from data.module import TileDataset
@@ -313,3 +314,41 @@ def test_a_loss_that_is_not_finite_names_its_tiles_and_keeps_what_was_good(
         assert all(tensor.isfinite().all() for tensor in flat.values())
     assert not list(folder.glob("*result.json"))
     run()  # mended, the same command goes on
+
+
+def test_the_best_weights_go_back_to_those_of_the_saving(tmp_path: Path) -> None:
+    """The file in the folder may be of an epoch that, on a GPU, would not come again just so."""
+
+    def last() -> LastCheckpoint:
+        return LastCheckpoint(tmp_path, {}, {}, {}, "best.ckpt", 60.0, lambda: None)
+
+    best = tmp_path / "best.ckpt"
+    for kept in (None, b"the best so far"):
+        if kept is not None:
+            best.write_bytes(kept)
+        last().save()
+        best.write_bytes(b"of a later epoch")
+        last().restore()
+        assert (best.read_bytes() if best.exists() else None) == kept
+
+
+def test_a_suite_that_was_begun_with_restart_goes_on(tmp_path: Path) -> None:
+    config = MockConfig(results_dir=str(tmp_path), **SMALL_SUITE, restart=True, workers=1)
+    build_suite(config)
+    folder = tmp_path / "tiles" / f"lmax_{SMALL_LMAX}_noiseless"
+    first, second = sorted(folder.glob("shard_*.parquet"))
+    before = first.stat().st_mtime_ns
+
+    def die() -> None:
+        if first.exists() and not second.exists():
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        build_suite(config, die)
+    anew = first.stat().st_mtime_ns
+    assert anew > before  # --restart has deleted it
+    build_suite(config)
+    assert first.stat().st_mtime_ns == anew  # and does not again
+    assert second.exists()
+    build_suite(config)
+    assert first.stat().st_mtime_ns > anew  # once it has finished, it does
