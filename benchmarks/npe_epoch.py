@@ -25,6 +25,7 @@ from benchmarks.measure import ROUNDS, Row, in_turns, report, seconds
 from benchmarks.train_step import random_tiles
 from common.config import Backbone, NPEConfig
 from common.device import pick_device, pick_precision
+from common.resume import LastCheckpoint
 from compress.model import FieldLevelCompressor
 from data.module import TileDataset, n_batches, whole_dataset
 from data.norm_stats import NormStats
@@ -76,7 +77,7 @@ def measure(backbone: Backbone, n_train: int, n_single: int, device: torch.devic
     with tempfile.TemporaryDirectory() as folder:
 
         def train(data: CompressedTileDataModule) -> None:
-            fit(data, config, {}, Path(folder), "", lambda: None, device)
+            fit(data, config, "", LastCheckpoint(Path(folder), {}, "npe_best.ckpt"), device)
 
         found = in_turns(
             {

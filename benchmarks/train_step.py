@@ -31,6 +31,7 @@ from benchmarks.measure import Row, in_turns, report, seconds
 from common.config import Backbone, CompressorConfig, Precision
 from common.device import pick_device, pick_precision
 from common.early_stopping import EarlyStopping
+from common.resume import LastCheckpoint
 from compress.model import FieldLevelCompressor
 from compress.train import fit
 from data.module import TileDataset, whole_dataset
@@ -115,7 +116,7 @@ def measure(
                 model(one)
 
     def ours(folder: Path) -> None:
-        fit(model, data, config, {}, EarlyStopping(5, best_loss=0.0), folder, lambda: None)  # type: ignore[arg-type]
+        fit(model, data, config, EarlyStopping(5, best_loss=0.0), LastCheckpoint(folder, {}, "best.ckpt"))  # type: ignore[arg-type]
 
     def limit() -> None:
         model.train()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from common.artifacts import atomic_path
 
+METRICS_NAME = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
 
 

@@ -16,6 +16,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.config import difference
 from common.errors import UserError, say
 from common.interrupt import Interrupted, deferred
+from common.progress import METRICS_NAME, append_metrics, write_metrics
 
 LAST_NAME = "last.ckpt"
 KIND = "interrupted training"
@@ -57,7 +58,7 @@ class Position:
 
 
 class LastCheckpoint:
-    """Saves a training now and then and when it is interrupted; puts it back where it was.
+    """Saves a training now and then and when it is interrupted; puts it back where it was; keeps its metrics.jsonl.
 
     Shuffles are not in it: each epoch has a generator of its own, from the seed.
     """
@@ -66,37 +67,67 @@ class LastCheckpoint:
         self,
         folder: Path,
         begun_with: dict[str, Any],
-        parts: dict[str, Part],
-        generators: dict[str, torch.Generator],
         best: str,
-        seconds_between: float,
-        on_saved: Callable[[], None],
+        *,
+        restart: bool = False,
+        seconds_between: float = 60.0,
+        on_saved: Callable[[], None] = lambda: None,
     ) -> None:
-        """
+        """Read what is there, before anything is computed.
+
         Args:
             folder: of the run.
-            begun_with: options and hashes that make the training what it is; it goes on only with the same.
-            parts: what is trained and what trains it.
-            generators: that the batches draw from, besides torch's own.
+            begun_with: options that make the training what it is; it goes on only with the same.
             best: name of the file with the best weights so far, which is kept and put back with the rest: the one in
                 the folder may be of an epoch that comes after the saving.
+            restart: do not go on from what was begun with other options, or is damaged. (With the same options it
+                goes on even so, or a command with --restart could never be interrupted.)
             seconds_between: two savings at least.
             on_saved: called after each.
-        """
-        self.path, self.begun_with, self.parts, self.generators = folder / LAST_NAME, begun_with, parts, generators
-        self.best, self.seconds_between, self.on_saved = folder / best, seconds_between, on_saved
-        self.position = Position()
-        self.start = self.saved = time.monotonic()
-
-    def restore(self) -> Position:
-        """Put everything back as it was when the training was interrupted; where it was, or the beginning.
 
         Raises:
-            UserError: the file is damaged, or was begun with something else.
+            UserError: the file is damaged, or was begun with other options, and not `restart`.
         """
-        if not self.path.exists():
+        self.path, self.begun_with, self.best = folder / LAST_NAME, begun_with, folder / best
+        self.seconds_between, self.on_saved = seconds_between, on_saved
+        self.parts: dict[str, Part] = {}
+        self.generators: dict[str, torch.Generator] = {}
+        self.position = Position()
+        self.start = self.saved = time.monotonic()
+        self.content: dict[str, Any] | None = None  # of the file, until it is put back
+        if self.path.exists():
+            try:
+                content = load_checkpoint(self.path, KIND, KEYS)
+                _refuse_others(self.path, content["begun_with"], begun_with, list(begun_with))
+                self.content = content
+            except UserError:
+                if not restart:
+                    raise
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is an interrupted training to go on with; until it is put back."""
+        return self.content is not None
+
+    def restore(
+        self, parts: dict[str, Part], generators: dict[str, torch.Generator], hashes: dict[str, str]
+    ) -> Position:
+        """Put everything back as it was when the training was interrupted; where it was, or the beginning.
+
+        Args:
+            parts: what is trained and what trains it; saved from now on.
+            generators: that the batches draw from, besides torch's own.
+            hashes: of what it reads; it goes on only with the same.
+
+        Raises:
+            UserError: it was begun with other data, or by another version.
+        """
+        self.parts, self.generators = parts, generators
+        self.begun_with = self.begun_with | hashes
+        content, self.content = self.content, None
+        if content is None:
+            write_metrics(self.metrics, [])
             return self.position
-        content = load_checkpoint(self.path, KIND, KEYS)
         _refuse_others(self.path, content["begun_with"], self.begun_with)
         try:
             for name, part in self.parts.items():
@@ -114,12 +145,24 @@ class LastCheckpoint:
             self.start -= float(content["elapsed_s"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             raise UserError(f"{self.path} does not fit this version's training; add --restart to start over") from None
+        write_metrics(self.metrics, self.position.metrics)
         say(f"going on from {self.path}: epoch {self.position.epoch}, batch {self.position.batch}")
         return self.position
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl, a line for every finished epoch."""
+        return self.path.with_name(METRICS_NAME)
 
     def elapsed_s(self) -> float:
         """Seconds since the beginning, without the time between an interruption and going on."""
         return time.monotonic() - self.start
+
+    def end_epoch(self, metrics: dict[str, Any]) -> None:
+        """An epoch is done: write its line, and save if that is due."""
+        append_metrics(self.metrics, metrics)
+        self.position.next_epoch(metrics)
+        self.save_if_due()
 
     def save_if_due(self) -> None:
         """Save if the last time is long enough ago."""
@@ -154,7 +197,8 @@ class LastCheckpoint:
     def saved_when_interrupted(self) -> Iterator[None]:
         """Within, SIGINT and SIGTERM wait for interrupt.check, which has to stand between two batches; then it saves.
 
-        At the end as well, if that is due, since what follows a training may be interrupted too.
+        At the end as well, if that is due, since what follows a training may be interrupted too; metrics.jsonl, which
+        has grown line by line, is then written whole.
         """
         with deferred():
             try:
@@ -164,31 +208,13 @@ class LastCheckpoint:
                 at = self.position
                 raise Interrupted(stop.signum, f"{self.path} has epoch {at.epoch}, batch {at.batch}") from None
             self.save_if_due()
+            write_metrics(self.metrics, self.position.metrics)
 
 
-def resumable(folder: Path, options: dict[str, Any], restart: bool) -> bool:
-    """Whether a folder holds an interrupted training that goes on; to be called before anything is computed.
-
-    With --restart one that was begun with other options does not; one with the same does, so that a command with
-    --restart can be interrupted, too.
-
-    Raises:
-        UserError: it was begun with other options, or the file is damaged, and --restart was not given.
-    """
-    path = folder / LAST_NAME
-    if not path.exists():
-        return False
-    try:
-        there = load_checkpoint(path, KIND, KEYS)["begun_with"]
-        _refuse_others(path, {name: there.get(name) for name in options}, options)
-    except UserError:
-        if not restart:
-            raise
-        return False
-    return True
-
-
-def _refuse_others(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def _refuse_others(path: Path, there: dict[str, Any], here: dict[str, Any], names: list[str] | None = None) -> None:
+    """Raise UserError if two sets of options differ, or those of the given names do."""
+    if names is not None:
+        there = {name: there.get(name) for name in names}
     if differs := difference(there, here):
         raise UserError(
             f"{path} was begun with others ({differs}); give the same to go on, --restart to start over, or --tag NAME "

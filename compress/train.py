@@ -28,8 +28,8 @@ from common.device import describe_device, pick_device, pick_precision, seeded_g
 from common.early_stopping import EarlyStopping
 from common.errors import UserError, warn
 from common.figures import draw_loss_curves
-from common.progress import Progress, append_metrics, write_metrics
-from common.resume import LastCheckpoint, Part, Position, resumable
+from common.progress import Progress
+from common.resume import LastCheckpoint, Part, Position
 from common.schedule import ema_decay_at, lr_at
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, load_compressor, save_compressor
 from compress.pictures import draw_predictions
@@ -37,7 +37,7 @@ from data.module import TileDataModule, TileDataset, batches, n_batches, names_o
 from data.norm_stats import write_norm_stats
 from data.split import write_manifest
 
-RESULT_NAME, METRICS_NAME = "result.json", "metrics.jsonl"
+RESULT_NAME = "result.json"
 
 
 def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -63,7 +63,14 @@ def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], N
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device, config.backbone)
     options = begun_with(config) | {"precision": str(dtype).removeprefix("torch.")}
-    goes_on = resumable(folder, options, config.restart)
+    last = LastCheckpoint(
+        folder,
+        options,
+        CHECKPOINT_NAME,
+        restart=config.restart,
+        seconds_between=config.checkpoint_seconds,
+        on_saved=on_checkpoint,
+    )
     torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
     model = FieldLevelCompressor(config.backbone, dtype).to(device)
     tiles_dir = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level)
@@ -86,13 +93,13 @@ def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], N
         warn(warning)
     if len(data.fiducial_ds) == 0:
         warn(f"{tiles_dir} has no simulation {config.fiducial_sim_id}: stage 2 will find no fiducial tiles and refuse")
-    if not goes_on:
+    if not last.goes_on:
         make_empty_folder(folder)
     write_manifest(folder, data.manifest)
     write_norm_stats(folder, data.norm_stats)
 
     stopper = EarlyStopping(config.patience)
-    last = fit(model, data, config, options, stopper, folder, on_checkpoint)
+    fit(model, data, config, stopper, last)
 
     model = load_compressor(folder / CHECKPOINT_NAME, device, config.precision).model
     splits = {"train": data.compressor_train_ds, "val": data.npe_train_ds, "test": data.test_ds}
@@ -123,7 +130,7 @@ def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], N
     }
     result = sealed(result)
     draw_loss_curves(
-        folder / METRICS_NAME,
+        last.metrics,
         folder / "loss_curves.png",
         "Compressor",
         "mean squared error of normalised theta",
@@ -150,11 +157,9 @@ def fit(
     model: FieldLevelCompressor,
     data: TileDataModule,
     config: CompressorConfig,
-    options: dict[str, Any],
     stopper: EarlyStopping,
-    folder: Path,
-    on_checkpoint: Callable[[], None],
-) -> LastCheckpoint:
+    last: LastCheckpoint,
+) -> None:
     """The training loop; writes best.ckpt, last.ckpt and metrics.jsonl. Goes on from last.ckpt if there is one.
 
     With --ema-decay, what is validated and saved is a moving average of weights and BatchNorm statistics: after every
@@ -178,17 +183,9 @@ def fit(
     )
     hashes = {"manifest_sha256": data.manifest.sha256, "norm_stats_sha256": data.norm_stats.sha256}
     parts: dict[str, Part] = {"model": model, "optimizer": optimizer, "stopper": stopper}
-    last = LastCheckpoint(
-        folder,
-        options | hashes,
-        parts if average is None else parts | {"average": average},
-        {"augment": augment, "theta noise": theta_noise},
-        CHECKPOINT_NAME,
-        config.checkpoint_seconds,
-        on_checkpoint,
-    )
-    at = last.restore()
-    write_metrics(folder / METRICS_NAME, at.metrics)
+    if average is not None:
+        parts["average"] = average
+    at = last.restore(parts, {"augment": augment, "theta noise": theta_noise}, hashes)
     n_steps = config.max_epochs * steps_per_epoch
     with Progress("training the compressor", n_steps, "steps") as progress, last.saved_when_interrupted():
         step = at.epoch * steps_per_epoch + at.batch
@@ -211,10 +208,10 @@ def fit(
                 last.save_if_due()
                 progress.advance()
 
-            train_loss = _finite_mean(at, data, config, folder)
+            train_loss = _finite_mean(at, data, config, last.best)
             val_mse = mean_squared_error(judged, data.npe_train_ds, config.batch_size)
             if stopper.update(val_mse, at.epoch):
-                save_compressor(folder / CHECKPOINT_NAME, judged, config, hashes, at.epoch, val_mse)
+                save_compressor(last.best, judged, config, hashes, at.epoch, val_mse)
             metrics = {
                 "epoch": at.epoch,
                 "train_loss": train_loss,
@@ -222,19 +219,15 @@ def fit(
                 "lr": optimizer.param_groups[0]["lr"],
                 "seconds": round(time.monotonic() - epoch_start, 3),
             }
-            append_metrics(folder / METRICS_NAME, metrics)
-            at.next_epoch(metrics)
-            last.save_if_due()
+            last.end_epoch(metrics)
             progress.advance(0, f"epoch {metrics['epoch']}, val_mse {val_mse:.4f}, best {stopper.best_loss:.4f}")
-    write_metrics(folder / METRICS_NAME, at.metrics)
-    return last
 
 
 def _shuffle(config: CompressorConfig, epoch: int) -> torch.Generator:
     return seeded_generator(config.seed, f"compressor shuffle {epoch}")
 
 
-def _finite_mean(at: Position, data: TileDataModule, config: CompressorConfig, folder: Path) -> float:
+def _finite_mean(at: Position, data: TileDataModule, config: CompressorConfig, best: Path) -> float:
     """Mean loss of an epoch, looked at once per epoch so that a GPU never waits for Python.
 
     Raises:
@@ -246,7 +239,7 @@ def _finite_mean(at: Position, data: TileDataModule, config: CompressorConfig, f
         names = names_of_batch(data.compressor_train_ds, config.batch_size, shuffle, batch)
         raise UserError(
             f"the loss became {float(losses[batch])} in epoch {at.epoch}, batch {batch}; the best weights so far, if "
-            f"any, are in {folder}; try --restart with a lower --learning-rate or longer --warmup-steps, and look at "
+            f"any, are in {best}; try --restart with a lower --learning-rate or longer --warmup-steps, and look at "
             f"the batch's tiles (sim/orientation/tile): {names}"
         )
     return float(losses.mean())

@@ -300,7 +300,7 @@ def read_orientations(folder: Path, geometry: TileGeometry = "auto") -> Orientat
         description = json.loads(description_of(first) or "{}")
         if ORIENTATIONS_KEY not in description:
             return None
-        return tuple((float(z), float(y), float(x)) for z, y, x in description[ORIENTATIONS_KEY] or ())
+        return tuple((float(a), float(b), float(c)) for a, b, c in description[ORIENTATIONS_KEY] or ())  # ZYZ
     except (ValueError, TypeError):
         raise UserError(f"{first} does not say in JSON how it was made; make it again") from None
 

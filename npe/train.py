@@ -25,8 +25,8 @@ from common.config import NPEConfig, begun_with
 from common.device import describe_device, pick_device, seeded_generator, versions
 from common.errors import UserError, warn
 from common.figures import draw_loss_curves
-from common.progress import Progress, append_metrics, write_metrics
-from common.resume import LastCheckpoint, Part, Position, resumable
+from common.progress import Progress
+from common.resume import LastCheckpoint, Part, Position
 from compress.model import TrainedCompressor, load_compressor
 from data.cache import read_tiles_through_cache
 from data.module import TileDataModule, batches, names_of_batch, whole_dataset
@@ -42,7 +42,7 @@ from npe.model import CHECKPOINT_NAME, GaussianNPE, Posterior, load_npe, predict
 from npe.pictures import draw_calibration, draw_fom, draw_tiles
 from npe.report import write_report
 
-RESULT_NAME, METRICS_NAME = "fom_result.json", "metrics.jsonl"
+RESULT_NAME = "fom_result.json"
 
 
 def train_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -81,19 +81,26 @@ def _train(
 ) -> dict[str, Any]:
     options = begun_with(config)
     options |= {"precision": str(trained.model.dtype).removeprefix("torch."), "compressor": trained.sha256}
-    goes_on = resumable(folder, options, config.restart)
+    last = LastCheckpoint(
+        folder,
+        options,
+        CHECKPOINT_NAME,
+        restart=config.restart,
+        seconds_between=config.checkpoint_seconds,
+        on_saved=on_checkpoint,
+    )
     data = _read_tiles(config, trained, compressor_run, results_dir, device)
     for warning in data.audit.warnings():
         warn(warning)
     fresh = _read_calibration_tiles(config, data)
     theta_std = np.array(data.norm_stats.theta_std)
-    if not goes_on:
+    if not last.goes_on:
         make_empty_folder(folder)
 
     augment = seeded_generator(config.seed, "npe augment")
     compressed = CompressedTileDataModule(data, trained.model, augment, config.n_views)
     compressor_checkpoint = f"{compressor_run.resolve().name}/{Path(config.ckpt).name}"
-    members, last = fit(compressed, config, options, folder, compressor_checkpoint, on_checkpoint, device)
+    members = fit(compressed, config, compressor_checkpoint, last, device)
 
     first = members[0].stopper
     npe, *others = load_npe(folder / CHECKPOINT_NAME, device)
@@ -176,7 +183,7 @@ def _train(
     draw_fom(fiducial, np.array(result["fiducial"]["theta_true"]), result, folder / "fom.png")
     draw_calibration(calibration, calibration_name, folder / "calibration.png")
     draw_loss_curves(
-        folder / METRICS_NAME,
+        last.metrics,
         folder / "loss_curves.png",
         "Gaussian NPE",
         "negative log-likelihood of normalised theta",
@@ -196,12 +203,10 @@ def _train(
 def fit(
     compressed: CompressedTileDataModule,
     config: NPEConfig,
-    options: dict[str, Any],
-    folder: Path,
     compressor_checkpoint: str,
-    on_checkpoint: Callable[[], None],
+    last: LastCheckpoint,
     device: torch.device,
-) -> tuple[list[Member], LastCheckpoint]:
+) -> list[Member]:
     """The training loop; writes npe_best.ckpt, last.ckpt and metrics.jsonl (the first member's losses).
 
     AdamW treats every weight by itself, so members that share an optimiser and the sum of their losses learn
@@ -214,11 +219,7 @@ def fit(
     augment = compressed.train_ds.tiles.augment
     assert augment is not None
     parts: dict[str, Part] = {"optimizer": optimizer} | {f"member {k}": member for k, member in enumerate(members)}
-    last = LastCheckpoint(
-        folder, options, parts, {"augment": augment}, CHECKPOINT_NAME, config.checkpoint_seconds, on_checkpoint
-    )
-    at = last.restore()
-    write_metrics(folder / METRICS_NAME, at.metrics)
+    at = last.restore(parts, {"augment": augment}, hashes={})  # of the compressor, which is among the options
     with Progress("training the NPE", config.max_epochs, "epochs") as progress, last.saved_when_interrupted():
         progress.advance(at.epoch)
         val_summary, val_theta = compress_all(compressed.val_ds, config.batch_size)  # never augmented: once is enough
@@ -243,21 +244,16 @@ def fit(
             if any(better):
                 best = members[0].stopper
                 weights = [member.best for member in members]
-                save_npe(
-                    folder / CHECKPOINT_NAME, weights, config, compressor_checkpoint, best.best_epoch, best.best_loss
-                )
+                save_npe(last.best, weights, config, compressor_checkpoint, best.best_epoch, best.best_loss)
             metrics = {
                 "epoch": at.epoch,
                 "train_nll": float(train_nll[0]),
                 "test_nll": float(test_nll[0]),
                 "seconds": round(time.monotonic() - epoch_start, 3),
             }
-            append_metrics(folder / METRICS_NAME, metrics)
-            at.next_epoch(metrics)
-            last.save_if_due()
+            last.end_epoch(metrics)
             progress.advance(1, f"test_nll {test_nll[0]:.4f}, best {members[0].stopper.best_loss:.4f}")
-    write_metrics(folder / METRICS_NAME, at.metrics)
-    return members, last
+    return members
 
 
 def _shuffle(config: NPEConfig, epoch: int) -> torch.Generator:

@@ -14,6 +14,7 @@ from common.artifacts import sealed, write_json
 from common.config import NPEConfig
 from common.device import seeded_generator
 from common.errors import UserError
+from common.resume import LastCheckpoint
 from npe.combine import combine_runs
 from npe.compressed import CompressedTileDataModule
 from npe.ensemble import gaussian_kl, mixture, worst_divergence
@@ -36,7 +37,7 @@ def train(folder: Path, n_members: int) -> list[dict[str, torch.Tensor]]:
     compressed = CompressedTileDataModule(splits, MeanCompressor(), seeded_generator(0, "augment"))  # type: ignore[arg-type]
     # So little patience that members stop at different epochs.
     config = NPEConfig(ckpt="none", max_epochs=120, patience=3, learning_rate=1e-2, n_members=n_members)
-    fit(compressed, config, {}, folder, "none", lambda: None, CPU)
+    fit(compressed, config, "none", LastCheckpoint(folder, {}, "npe_best.ckpt"), CPU)
     return [npe.state_dict() for npe in load_npe(folder / "npe_best.ckpt", CPU)]
 
 
