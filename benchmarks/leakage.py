@@ -28,11 +28,11 @@ from common.progress import Progress
 from compress.model import load_compressor
 from compress.train import predict
 from data.mock.cosmology import FIDUCIAL, params_of
-from data.mock.suite import Simulation, simulate, tile_keys
+from data.mock.suite import Simulation, simulate
 from data.mock.theory import COSMO_NAMES
 from data.module import TileDataset, whole_dataset
 from data.norm_stats import read_norm_stats
-from data.schema import TILES_PER_SIM, nside_of
+from data.schema import TILES_PER_SIM, nside_of, tile_keys
 from data.shards import Tiles, empty_kappa, read_tiles
 from npe.calibration import calibrate
 from npe.fom import N_BOOTSTRAP, bootstrap_median

@@ -23,10 +23,11 @@ import torch
 from benchmarks.measure import ROUNDS, Row, in_turns, report, seconds
 from common.config import MockConfig
 from common.machine import usable_cores
+from common.workers import in_order, worker_pool
 from data.mock.fields import band_of
-from data.mock.geometry import tiles_of_alm
-from data.mock.suite import _in_order, _worker_pool, build_suite
+from data.mock.suite import build_suite
 from data.schema import N_BINS, nside_of
+from data.sphere.tiles import tiles_of_alm
 
 LMAX = 200
 
@@ -57,8 +58,8 @@ def main() -> None:
             build_suite(MockConfig(results_dir=folder, lmax=LMAX, n_sims=options.n_sims))
 
     def limit() -> None:
-        with _worker_pool(usable_cores()) as pool:
-            for _ in _in_order(pool, transforms, [LMAX] * options.n_sims, 2 * usable_cores()):
+        with worker_pool(usable_cores()) as pool:
+            for _ in in_order(pool, transforms, [LMAX] * options.n_sims, 2 * usable_cores()):
                 pass
 
     found = in_turns({"ours": lambda: seconds(ours), "limit": lambda: seconds(limit)}, "mock suite", options.rounds)

@@ -21,6 +21,12 @@ SIMS_PER_SHARD = 50  # as in the published shards
 LMAX_TO_NSIDE = {200: 128, 400: 256, 600: 256, 800: 512, 1000: 512}
 
 
+def tile_keys(sim_id: int) -> np.ndarray:
+    """Keys (12, 3) of a simulation's tiles: orientation 0 with its four faces, then orientation 1, then 2."""
+    tile = np.arange(TILES_PER_SIM)
+    return np.stack([np.full(TILES_PER_SIM, sim_id), tile // len(FACES), tile % len(FACES)], axis=1)
+
+
 def nside_of(lmax: int, nside: int = 0) -> int:
     """Pixels per side of a tile, on the sphere its HEALPix nside: `nside` if given, else what belongs to lmax.
 

@@ -30,6 +30,7 @@ from data.sky import ORIENTATIONS, Orientations
 S8_TOLERANCE = 1e-4  # relative; S8 is derived from two columns of the same table
 VALUES_PER_READ = 1 << 20  # pixels at a time: what pyarrow needs beside the array grows with it
 METADATA_KEY = "mock_suite"  # of the JSON that says how the mock suite made a shard; published shards have none
+INGEST_KEY = "ingest"  # likewise of those that were made from lightcones or maps
 CONTENT_KEY = "content_sha256"  # of the hash of all rows; every shard that we write has it, published ones do not
 ORIENTATIONS_KEY = "orientations_zyz_deg"  # in it: data.sky.Orientations, or null for tiles without a common sky
 BUFFER_SIZE = 1 << 20  # bytes read from the file at a time, in place of whole column chunks
@@ -279,12 +280,12 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
 
 
 def description_of(path: Path) -> str | None:
-    """The JSON text that the mock suite stored in a shard; None if it did not write this file."""
+    """The JSON text that says how we made a shard; None if we did not write this file."""
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError):
         return None
-    text = metadata.get(METADATA_KEY.encode())
+    text = metadata.get(METADATA_KEY.encode(), metadata.get(INGEST_KEY.encode()))
     return None if text is None else _text(text)
 
 
@@ -329,8 +330,8 @@ def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, n
         _check_kappa_type(path, file.schema_arrow.field("kappa").type)
         table = file.read(columns=[*KEY_NAMES, "noise_level", *PARAM_NAMES])
         metadata = {_text(key): _text(value) for key, value in (file.metadata.metadata or {}).items()}
-    if METADATA_KEY in metadata and CONTENT_KEY not in metadata:
-        raise UserError(f"{path} was made by run_mock.py but carries no hash of its rows; make it again (--restart)")
+    if {METADATA_KEY, INGEST_KEY} & metadata.keys() and CONTENT_KEY not in metadata:
+        raise UserError(f"{path} was made here but carries no hash of its rows; make it again (--restart)")
     for name in table.column_names:
         wanted = pa.types.is_integer if name in KEY_NAMES else pa.types.is_floating if name in PARAM_NAMES else _is_text
         if not wanted(table.schema.field(name).type):

@@ -15,13 +15,13 @@ import data.audit
 from common.config import CheckConfig, MockConfig
 from common.errors import UserError
 from data.audit import Audit, audit_tiles, check_tiles, count_partners, groups_of, shared_sky_pairs, twin_pairs
-from data.mock.fields import noise_alm
-from data.mock.geometry import tiles_of_alm
 from data.mock.suite import build_suite
 from data.moments import moments_of
 from data.schema import PARAM_NAMES
 from data.shards import METADATA_KEY, ORIENTATIONS_KEY, Tiles, open_shard, read_orientations, read_tiles
 from data.sky import ORIENTATIONS, Orientations, covered_patches, overlap_matrix
+from data.sphere.harmonics import noise_alm
+from data.sphere.tiles import tiles_of_alm
 from data.split import deal_keys, make_manifest, split_indices
 from npe.fom import bootstrap_median
 

@@ -17,13 +17,14 @@ from scipy.stats import kstest
 from common.config import MockConfig
 from common.errors import UserError
 from data.mock.cosmology import FIDUCIAL, S8_COUNTS, S8_EDGES, design
-from data.mock.fields import ell_of_alm, gaussian_cl_of_lognormal, hilbert_shift, noise_alm, signal_alm
-from data.mock.geometry import tiles_of_alm
+from data.mock.fields import gaussian_cl_of_lognormal, hilbert_shift, signal_alm
 from data.mock.suite import FRESH_SEED_OFFSET, build_suite
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, theory_cl
 from data.schema import FACES, SURVEYS, noise_cl, nside_of
 from data.shards import read_tiles
 from data.sky import ORIENTATIONS, equatorial_face, rotation, tile_centres, tiles_at
+from data.sphere.harmonics import ell_of_alm, noise_alm
+from data.sphere.tiles import tiles_of_alm
 
 LMAX, N_SKIES = 200, 50
 FIDUCIAL_COSMO = np.array([FIDUCIAL[name] for name in COSMO_NAMES])

@@ -1,7 +1,4 @@
-"""Full-sky convergence and noise as spherical-harmonic coefficients alm.
-
-alm arrays are complex128 (..., n_alm) in healpy's order: m = 0 for ell = 0..lmax, then m = 1, ...
-"""
+"""Full-sky convergence of a cosmology as spherical-harmonic coefficients alm, in the order of data.sphere.harmonics."""
 
 from __future__ import annotations
 
@@ -12,16 +9,11 @@ import numpy as np
 
 from data.mock.nz import NZ_MEAN
 from data.mock.theory import BIN_PAIRS, cl_matrix, theory_cl
-from data.schema import N_BINS, noise_cl
+from data.sphere.harmonics import gaussian_alm
 
 # The lognormal field lives on multipoles up to this times lmax, so that its transform to the
 # Gaussian field and back loses nothing that reaches the tiles' own multipoles.
 BAND_MARGIN = 1.5
-
-
-def ell_of_alm(lmax: int) -> np.ndarray:
-    """Multipole ell of every coefficient, int (n_alm,)."""
-    return np.concatenate([np.arange(m, lmax + 1) for m in range(lmax + 1)])
 
 
 def covariance_root(cl: np.ndarray) -> np.ndarray:
@@ -32,27 +24,6 @@ def covariance_root(cl: np.ndarray) -> np.ndarray:
     """
     value, vector = np.linalg.eigh(cl_matrix(cl))  # (n_ell, 4), (n_ell, 4, 4)
     return vector * np.sqrt(np.maximum(value, 0))[:, None, :]
-
-
-def gaussian_alm(root: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Correlated Gaussian coefficients of the four bins with covariance root root^T.
-
-    Args:
-        root: (lmax + 1, 4, 4), from covariance_root.
-        rng: source of the draws.
-
-    Returns:
-        alm (4, n_alm).
-    """
-    lmax = len(root) - 1
-    ell = ell_of_alm(lmax)
-    white = rng.standard_normal((N_BINS, len(ell), 2)) @ [1, 1j] / np.sqrt(2)  # (4, n_alm), <|a|^2> = 1
-    white[:, : lmax + 1] = white[:, : lmax + 1].real * np.sqrt(2)  # m = 0 is real
-    alm = np.zeros_like(white)
-    for i in range(N_BINS):
-        for j in range(N_BINS):
-            alm[i] += root[ell, i, j] * white[j]
-    return alm
 
 
 def hilbert_shift() -> np.ndarray:
@@ -123,9 +94,3 @@ def signal_alm(cosmo: np.ndarray, field: str, lmax: int, rng: np.random.Generato
     if field == "gaussian":
         return gaussian_alm(covariance_root(theory_cl(cosmo, band_of(lmax, field))[0]), rng)
     return lognormal_alm(theory_cl(cosmo, band_of(lmax, field))[0], lmax, rng)
-
-
-def noise_alm(noise_level: str, lmax: int, rng: np.random.Generator) -> np.ndarray:
-    """Shape noise of one sky, (4, n_alm): flat spectra from ell = 0 on, the same as white noise per pixel."""
-    root = np.diag(np.sqrt(noise_cl(noise_level)))  # (4, 4): bins have independent galaxies
-    return gaussian_alm(np.broadcast_to(root, (lmax + 1, N_BINS, N_BINS)), rng)

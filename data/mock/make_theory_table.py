@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one pool: processes over cosmologies
 
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import numpy as np
 from scipy.stats import qmc
@@ -33,8 +34,8 @@ ELL = np.unique(np.round(np.geomspace(2, 4096, 72)))
 N_COSMOLOGIES, N_COMPONENTS, DEGREE, SEED = 6144, 20, 5, 20120810
 
 
-def ccl_spectra(cosmo: np.ndarray) -> np.ndarray:
-    """C_ell of the ten pairs at ELL from pyccl, for one cosmology (7,): shape (10, n_ell)."""
+def ccl_universe(cosmo: np.ndarray) -> Any:
+    """pyccl's Cosmology for one cosmology (7,)."""
     import pyccl
 
     omega_m, s8, w, h, n_s, omega_b, m_nu = cosmo
@@ -45,9 +46,14 @@ def ccl_spectra(cosmo: np.ndarray) -> np.ndarray:
         Omega_c=omega_m - omega_b, Omega_b=omega_b, h=h, n_s=n_s, sigma8=sigma_8, w0=w, m_nu=m_nu, **options
     )
     omega_c = omega_m - omega_b - trial["Omega_nu_mass"]
-    universe = pyccl.Cosmology(
-        Omega_c=omega_c, Omega_b=omega_b, h=h, n_s=n_s, sigma8=sigma_8, w0=w, m_nu=m_nu, **options
-    )
+    return pyccl.Cosmology(Omega_c=omega_c, Omega_b=omega_b, h=h, n_s=n_s, sigma8=sigma_8, w0=w, m_nu=m_nu, **options)
+
+
+def ccl_spectra(cosmo: np.ndarray) -> np.ndarray:
+    """C_ell of the ten pairs at ELL from pyccl, for one cosmology (7,): shape (10, n_ell)."""
+    import pyccl
+
+    universe = ccl_universe(cosmo)
     z = np.linspace(1e-4, 4.0, 801)
     tracers = [pyccl.WeakLensingTracer(universe, dndz=(z, n)) for n in nz_of_bins(z)]
     return np.stack([pyccl.angular_cl(universe, tracers[i], tracers[j], ELL) for i, j in BIN_PAIRS])

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from common.artifacts import CannotWriteError, claimed, tiles_folder
-from common.config import MockConfig, difference
-from common.errors import UserError
-from common.interrupt import SIGNALS
+from common.artifacts import claimed, tiles_folder
+from common.config import MockConfig
 from common.machine import usable_cores
 from common.progress import Progress
-from data.cache import FOLDER as CACHE
+from common.workers import in_order, worker_pool
 from data.mock.cosmology import design, params_of
-from data.mock.fields import band_of, noise_alm, signal_alm
+from data.mock.fields import band_of, signal_alm
 from data.mock.flat import flat_tiles
-from data.mock.geometry import tiles_of_alm
 from data.mock.pictures import draw_suite
 from data.mock.theory import theory_cl
-from data.schema import FACES, SIMS_PER_SHARD, TILES_PER_SIM, nside_of
-from data.shards import METADATA_KEY, ORIENTATIONS_KEY, description_of, open_shard
+from data.schema import SIMS_PER_SHARD, TILES_PER_SIM, nside_of, tile_keys
+from data.shards import METADATA_KEY, ORIENTATIONS_KEY, open_shard
 from data.sky import ORIENTATIONS
+from data.sphere.harmonics import noise_alm
+from data.sphere.tiles import tiles_of_alm
+from data.suite_folder import end_restart, finished_shards
 
-RESTARTING = "restarting"  # the file says that --restart has deleted what was there
 FRESH_SEED_OFFSET = 1_000_000_007  # far from any seed that one would type
 
 
@@ -63,12 +56,6 @@ def simulate(simulation: Simulation) -> np.ndarray:
         return flat_tiles(cosmo, noise_level, lmax, nside, TILES_PER_SIM, signal_rng, noise_rng)
     alm = signal_alm(cosmo, simulation.field, lmax, signal_rng) + noise_alm(noise_level, lmax, noise_rng)  # (4, n_alm)
     return tiles_of_alm(alm, lmax, nside, simulation.geometry)
-
-
-def tile_keys(sim_id: int) -> np.ndarray:
-    """Keys (12, 3) of a simulation's tiles, in the order of tiles_of_alm."""
-    tile = np.arange(TILES_PER_SIM)
-    return np.stack([np.full(TILES_PER_SIM, sim_id), tile // len(FACES), tile % len(FACES)], axis=1)
 
 
 def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -113,7 +100,7 @@ def _write_shards(
     params = params_of(cosmologies)  # (n_sims, 8)
     description = _description(config)
     starts = range(0, config.n_sims, SIMS_PER_SHARD)
-    finished = _finished_shards(folder, description, config.restart)
+    finished = finished_shards(folder, description, config.restart)
     missing = [k for k in range(len(starts)) if _shard_path(folder, k) not in finished]
 
     jobs = [
@@ -127,10 +114,10 @@ def _write_shards(
     # A shard is synced to the disk while the next one is simulated.
     with (
         ThreadPoolExecutor(1, "shard closer") as closer,
-        _worker_pool(n_workers) as pool,
+        worker_pool(n_workers) as pool,
         Progress("simulating", len(jobs), "simulations") as progress,
     ):
-        simulated = _in_order(pool, simulate, jobs, ahead=2 * n_workers)
+        simulated = in_order(pool, simulate, jobs, ahead=2 * n_workers)
         closing: Future[None] | None = None
         for k in missing:
             shard_sims = range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
@@ -148,7 +135,7 @@ def _write_shards(
             closing.result()
             on_checkpoint()
     draw_suite(_shard_path(folder, 0), nside, cosmologies, folder / "suite.png")
-    (folder / RESTARTING).unlink(missing_ok=True)
+    end_restart(folder)
     on_checkpoint()
 
 
@@ -174,94 +161,3 @@ def _description(config: MockConfig) -> str:
         )
     }
     return json.dumps({**content, ORIENTATIONS_KEY: ORIENTATIONS.get(config.geometry)}, sort_keys=True)
-
-
-def _finished_shards(folder: Path, description: str, restart: bool) -> set[Path]:
-    """Shards of this very suite that are there already; with --restart a suite that is there is deleted first.
-
-    Once, that is: when that command is killed, it goes on like any other.
-
-    Raises:
-        UserError: the folder has shards that no mock suite wrote, or those of a suite with other options.
-    """
-    found = {path: _description_of(path) for path in sorted(folder.glob("shard_*.parquet"))}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if restart and not (folder / RESTARTING).exists():
-            for path in (*found, *(folder / CACHE).glob("*")):
-                path.unlink()
-            (folder / RESTARTING).touch()
-            return set()
-    except OSError as error:
-        raise CannotWriteError(folder, error) from None
-    for path, other in found.items():
-        if other != description:
-            raise UserError(
-                f"{path} belongs to a suite with other options "
-                f"({difference(json.loads(other), json.loads(description))}); "
-                "add --restart to replace it, or give another folder as --tiles-dir"
-            )
-    return set(found)
-
-
-def _description_of(path: Path) -> str:
-    if (description := description_of(path)) is None:
-        raise UserError(f"{path} was not made by this command; give another folder as --tiles-dir")
-    return description
-
-
-@contextmanager
-def _worker_pool(n_workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Single-threaded worker processes; the environment that they inherit is put back afterwards."""
-    saved = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # spawned workers read it when they import numpy
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(
-            n_workers, mp_context=context, initializer=_serve_the_parent_alone, initargs=(os.getpid(),)
-        ) as pool:
-            try:
-                yield pool
-            except BrokenProcessPool:
-                raise UserError(
-                    "a worker process died, most likely for want of memory; give fewer as --workers, what is finished "
-                    "is kept"
-                ) from None
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    finally:
-        if saved is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = saved
-
-
-def _serve_the_parent_alone(parent: int) -> None:
-    """Signals reach the whole group, and the parent alone answers them; when it dies, so does this process."""
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, function: Callable[[Job], Result], jobs: Iterable[Job], ahead: int
-) -> Iterator[Result]:
-    """Results in the order of the jobs, with at most `ahead` of them waiting in memory."""
-    pending: deque[Any] = deque()
-    for job in jobs:
-        pending.append(pool.submit(function, job))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()

@@ -1,0 +1,62 @@
+"""Spherical-harmonic coefficients alm of Gaussian skies and of shape noise.
+
+alm arrays are complex128 (..., n_alm) in healpy's order: m = 0 for ell = 0..lmax, then m = 1, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.schema import N_BINS, noise_cl
+
+
+def ell_of_alm(lmax: int) -> np.ndarray:
+    """Multipole ell of every coefficient, int (n_alm,)."""
+    return np.concatenate([np.arange(m, lmax + 1) for m in range(lmax + 1)])
+
+
+def white_alm(lmax: int, rng: np.random.Generator) -> np.ndarray:
+    """Coefficients (4, n_alm) of independent Gaussian skies with C_ell = 1 from ell = 0 on."""
+    white = rng.standard_normal((N_BINS, len(ell_of_alm(lmax)), 2)) @ [1, 1j] / np.sqrt(2)  # (4, n_alm), <|a|^2> = 1
+    white[:, : lmax + 1] = white[:, : lmax + 1].real * np.sqrt(2)  # m = 0 is real
+    return white
+
+
+def nested_white_alm(lmax: int, seed: Sequence[int]) -> np.ndarray:
+    """Like white_alm, and with the same seed a smaller lmax gives the same sky with its higher multipoles cut off."""
+    ell = ell_of_alm(lmax)
+    m = np.concatenate([np.full(lmax + 1 - m, m) for m in range(lmax + 1)])
+    place = ell * (ell + 1) // 2 + m  # of every coefficient in an order that goes by ell, (n_alm,)
+    alm = np.empty((N_BINS, len(ell)), dtype=np.complex128)
+    for number, of_bin in enumerate(alm):
+        pairs = np.random.default_rng([*seed, number]).standard_normal((len(ell), 2))  # (n_alm, 2)
+        of_bin[:] = (pairs @ [1, 1j] / np.sqrt(2))[place]
+    alm[:, : lmax + 1] = alm[:, : lmax + 1].real * np.sqrt(2)  # m = 0 is real
+    return alm
+
+
+def gaussian_alm(root: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Correlated Gaussian coefficients of the four bins with covariance root root^T.
+
+    Args:
+        root: (lmax + 1, 4, 4).
+        rng: source of the draws.
+
+    Returns:
+        alm (4, n_alm).
+    """
+    lmax = len(root) - 1
+    ell = ell_of_alm(lmax)
+    white = white_alm(lmax, rng)
+    alm = np.zeros_like(white)
+    for i in range(N_BINS):
+        for j in range(N_BINS):
+            alm[i] += root[ell, i, j] * white[j]
+    return alm
+
+
+def noise_alm(noise_level: str, lmax: int, rng: np.random.Generator) -> np.ndarray:
+    """Shape noise of one sky, (4, n_alm): flat spectra from ell = 0 on, the same as white noise per pixel."""
+    return np.sqrt(noise_cl(noise_level))[:, None] * white_alm(lmax, rng)  # bins have independent galaxies
