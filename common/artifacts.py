@@ -91,6 +91,10 @@ class CannotWriteError(UserError):
         self.reason = error.strerror or str(error)
         super().__init__(f"cannot write {path} ({self.reason}); {cure} there, or choose another --results-dir")
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[Any, ...]]:
+        """So it comes out of a worker process."""
+        return UserError, self.args
+
 
 def make_empty_folder(folder: Path) -> None:
     """Make a folder, or empty it: to be called once all input has proved good.

@@ -29,6 +29,9 @@ Geometry = Literal["disjoint", "published", "flat"]
 TileGeometry = Literal["auto", "published", "disjoint"]
 Field = Literal["lognormal", "gaussian"]
 Vary = Literal["all", "Omega_m,S8"]
+SkyGeometry = Literal["disjoint", "published"]
+Ordering = Literal["auto", "RING", "NEST"]
+PixelWindow = Literal["auto", "divide", "keep"]
 
 FIDUCIAL_SIM_ID = 109
 # Options that may change when an interrupted run goes on: where files lie, and what does not touch the result.
@@ -71,7 +74,7 @@ class SharedOptions(ResultsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WritingOptions(SharedOptions):
+class SeedOptions(ResultsOptions):
     """Options of a command that draws at random and writes."""
 
     seed: int = option(42, "seed of every random draw of this command")
@@ -80,6 +83,11 @@ class WritingOptions(SharedOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _not_negative(self, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions(SharedOptions, SeedOptions):
+    """Options of a command that reads, draws at random and writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +132,75 @@ class MockConfig(TileOptions, WritingOptions):
             raise UserError("--geometry flat is made of Fourier modes, which are Gaussian; add --field gaussian")
         if self.geometry != "flat" and self.nside & (self.nside - 1):
             raise UserError(f"--nside {self.nside} is no power of two, which HEALPix needs; or take --geometry flat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig(SeedOptions):
+    """Make tiles from simulated lightcones (the Gower Street files) or from full-sky convergence maps."""
+
+    lightcones: str = option(
+        "", "folder of simulations (sim00042/ or sim00042.tar.gz, as served), or the URL that serves them"
+    )
+    kappa_maps: str = option(
+        "", "in their place: pattern like 'maps/*' of FITS files with four maps, or of folders with four files"
+    )
+    params: str = required("table of cosmologies, as gower_street_runs.csv")
+    nz: str = option("", "n(z) of the four bins: text table (z n_1 n_2 n_3 n_4), or 2-point FITS file with NZ_SOURCE")
+    lmax: str = option("200", "largest multipoles, with commas between them")
+    noise_level: str = option("des_y3", "shape noise, with commas between several; one realisation serves them all")
+    geometry: SkyGeometry = option(
+        "disjoint", "where the twelve tiles lie: disjoint patches, or the overlapping ones of the published suite"
+    )
+    sims: str = option("", "these simulations alone, like 1-50,109 (default: all that are there)")
+    ordering: Ordering = option("auto", "order of the pixels of --kappa-maps; auto takes what the file says")
+    pixel_window: PixelWindow = option(
+        "auto", "divide: undo the averaging over a pixel; auto divides for lightcones, whose counts are such averages"
+    )
+    strict: bool = option(False, "stop at the first incomplete or damaged simulation, in place of leaving it out")
+    workers: int = option(0, "worker processes (0: one per core, as far as memory goes); no tile depends on it")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _not_negative(self, "workers")
+        if bool(self.lightcones) == bool(self.kappa_maps):
+            raise UserError("give --lightcones or --kappa-maps, one of the two")
+        if self.lightcones and not self.nz:
+            raise UserError("--lightcones needs the sources as well; give their n(z) as --nz")
+        if self.kappa_maps and self.nz:
+            raise UserError("--kappa-maps are of their own sources; leave out --nz")
+        known = typing.get_args(NoiseLevel)
+        if unknown := [level for level in self.noise_list if level not in known]:
+            raise UserError(f"--noise-level {unknown[0]!r} is none of {', '.join(known)}; several go with commas")
+        self.sim_list, self.configurations  # noqa: B018  (a senseless value is refused here)
+
+    @property
+    def kind(self) -> str:
+        """What the tiles are made from."""
+        return "lightcones" if self.lightcones else "kappa maps"
+
+    @property
+    def noise_list(self) -> list[str]:
+        """Every noise level once."""
+        return list(dict.fromkeys(level.strip() for level in self.noise_level.split(",")))
+
+    @property
+    def configurations(self) -> list[tuple[int, str]]:
+        """Every lmax with every noise level."""
+        return [(lmax, level) for lmax in lmax_list(self.lmax) for level in self.noise_list]
+
+    @property
+    def sim_list(self) -> list[int] | None:
+        """The numbers that --sims means; None for all."""
+        if not self.sims:
+            return None
+        found: set[int] = set()
+        for part in self.sims.split(","):
+            first, _, last = part.partition("-")
+            try:
+                found |= set(range(int(first), int(last or first) + 1))
+            except ValueError:
+                raise UserError(f"--sims {self.sims!r} is not a list like 1-50,109") from None
+        return sorted(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,11 +340,7 @@ class SweepConfig(ResultsOptions):
     @property
     def runs(self) -> list[SweepRun]:
         """One for every lmax and seed."""
-        try:
-            values = sorted({int(text) for text in self.lmax.split(",")})
-        except ValueError:
-            raise UserError(f"--lmax {self.lmax!r} is not a list like 200,400,600") from None
-        return [SweepRun(self, lmax, self.seed + k) for lmax in values for k in range(self.seeds)]
+        return [SweepRun(self, lmax, self.seed + k) for lmax in lmax_list(self.lmax) for k in range(self.seeds)]
 
 
 @dataclass(frozen=True)
@@ -317,6 +390,21 @@ def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
         for name in names
         if there.get(name) != here.get(name)
     )
+
+
+def lmax_list(text: str) -> list[int]:
+    """The multipoles of a list with commas, smallest first.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise UserError(f"--lmax {text!r} is not a list like 200,400,600") from None
+    if values[0] <= 0:
+        raise UserError(f"--lmax is {values[0]}; it must be positive")
+    return values
 
 
 def _flag(name: str) -> str:

@@ -58,8 +58,9 @@ class Progress:
     def _print_line(self) -> None:
         self.last_line, self.printed = time.monotonic(), self.done
         elapsed = self.last_line - self.start
+        left = f", {elapsed * (self.total - self.done) / self.done:.0f} s left" if 0 < self.done < self.total else ""
         print(
-            f"{self.description}: {self.done}/{self.total} {self.unit}, {elapsed:.0f} s  {self.note}".rstrip(),
+            f"{self.description}: {self.done}/{self.total} {self.unit}, {elapsed:.0f} s{left}  {self.note}".rstrip(),
             file=sys.stderr,
             flush=True,
         )

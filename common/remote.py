@@ -25,6 +25,7 @@ VOLUME_NAME = "kappa-fom-results"
 GPUS = ["H100", "A100-80GB"]  # in this order, whichever is free first
 TIMEOUT_S = 24 * 60 * 60  # per attempt, the longest that Modal allows
 MOCK_CORES, MOCK_MEMORY_MIB = 16, 32 * 1024
+INGEST_CORES, INGEST_MEMORY_MIB = 2, 6 * 1024  # for one simulation at a time
 ROOT = Path(__file__).resolve().parent.parent
 
 if modal is not None:
@@ -44,6 +45,7 @@ if modal is not None:
     }
     GPU_FUNCTION: dict[str, Any] = {**FUNCTION, "gpu": GPUS}
     CPU_FUNCTION: dict[str, Any] = {**FUNCTION, "cpu": MOCK_CORES, "memory": MOCK_MEMORY_MIB}
+    INGEST_FUNCTION: dict[str, Any] = {**FUNCTION, "cpu": INGEST_CORES, "memory": INGEST_MEMORY_MIB}
 
 Config = TypeVar("Config", bound=ResultsOptions)
 
@@ -64,9 +66,24 @@ def in_container(
     else:
         volume.reload()
         config, commit = _on_volume(config_class(**options)), volume.commit
+    return _with_errors_as_values(lambda: command(config, on_checkpoint=commit))
+
+
+def on_volume(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run something short inside a container: it sees the Volume as it is, and what it writes there is committed."""
+    local = modal.is_local()
+    if not local:
+        volume.reload()
+    result = _with_errors_as_values(call)
+    if not local:
+        volume.commit()
+    return result
+
+
+def _with_errors_as_values(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         with listening():  # a container that is taken away is told by SIGINT; the same input then comes again
-            return command(config, on_checkpoint=commit)
+            return call()
     except UserError as error:
         return {"user_error": str(error)}
 

@@ -43,22 +43,26 @@ def test_no_command_imports_another() -> None:
         assert not any(name.startswith("run_") for name in imports_of(path)), path
 
 
-def test_only_the_mock_suite_knows_the_sphere() -> None:
+def test_only_mock_and_ingest_know_the_sphere() -> None:
+    libraries, packages = ("ducc0", "healpy", "pyccl", "astropy"), ("mock", "ingest", "sphere")
     for layer in LAYERS:
         for path in (ROOT / layer).rglob("*.py"):
-            if path.parent.name != "mock":
+            names = imports_of(path)
+            if path.parent.name not in packages:
                 bad = {
                     n
-                    for n in imports_of(path)
-                    if n.split(".")[0] in ("ducc0", "healpy", "pyccl") or n.startswith("data.mock")
+                    for n in names
+                    if n.split(".")[0] in libraries or n.startswith(tuple(f"data.{p}" for p in packages))
                 }
                 assert not bad, f"{path} imports {bad}"
+            others = {"mock": "ingest", "ingest": "mock"}.get(path.parent.name, "no other")
+            assert not {n for n in names if n.startswith(f"data.{others}")}, path
 
 
-def test_both_stages_import_where_ducc0_healpy_pyccl_and_modal_are_absent(tmp_path: Path) -> None:
-    for name in ("ducc0", "healpy", "pyccl", "modal"):
+def test_both_stages_import_where_the_sphere_and_modal_are_absent(tmp_path: Path) -> None:
+    for name in ("ducc0", "healpy", "pyccl", "astropy", "modal"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no module {name}', name='{name}')\n")
-    modules = "compress.train, npe.train, data.audit, run_compressor, run_npe, run_mock, run_check"
+    modules = "compress.train, npe.train, data.audit, run_compressor, run_npe, run_mock, run_ingest, run_check"
     code = f"import {modules}; print(run_npe.remote.modal)"
     done = subprocess.run(
         [sys.executable, "-c", code],

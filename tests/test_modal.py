@@ -45,7 +45,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", sorted(FUNCTIONS))
 def test_functions_ask_for_what_a_long_run_needs(script: str) -> None:
     info = getattr(importlib.import_module(script), FUNCTIONS[script]).info()
-    gpus = [] if script in ("run_mock", "run_check") else ["H100", "A100-80GB"]
+    gpus = [] if script in ("run_mock", "run_check", "run_ingest") else ["H100", "A100-80GB"]
     assert [name for name, _ in info.gpus or []] == gpus
     assert info.timeout == 24 * 3600
     assert info.max_retries == 10

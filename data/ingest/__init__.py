@@ -1,0 +1,1 @@
+"""Simulated lightcones and full-sky maps to tiles."""

@@ -1,0 +1,131 @@
+"""Born approximation: what every mass shell of a lightcone adds to the convergence of every source bin.
+
+All distances are comoving and in Mpc/h, as in the simulations' files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.integrate import cumulative_simpson
+from scipy.interpolate import CubicSpline
+
+from common.errors import UserError
+from data.schema import PARAM_NAMES
+
+HUBBLE_DISTANCE = 2997.92458  # c / H0 [Mpc/h]
+HEADER = "# Step,z_far,z_near,delta_z,cmd_far(Mpc/h),cmd_near(Mpc/h)"  # that z_values.txt begins with
+EDGE_TOLERANCE = 1e-3  # relative; between the far edge of a shell and the near edge of the next
+DISTANCE_TOLERANCE = 0.01  # relative; between the file's distances and the cosmology's, which leave out radiation
+DISTANCE_CHECKED_TO_Z = 4.0  # where radiation is 0.1 %
+MAX_UNSEEN_SOURCES = 1e-3  # of the n(z) beyond the outermost shell
+
+
+@dataclass(frozen=True)
+class Shells:
+    """The shells of a lightcone, from the observer outwards.
+
+    Attributes:
+        step: number of each, as in run.{step}.lightcone.npy, int (n,).
+        z_near, z_far, chi_near, chi_far: edges, float64 (n,); chi in Mpc/h.
+    """
+
+    step: np.ndarray
+    z_near: np.ndarray
+    z_far: np.ndarray
+    chi_near: np.ndarray
+    chi_far: np.ndarray
+
+    @property
+    def volume(self) -> np.ndarray:
+        """(n,) in (Mpc/h)^3."""
+        return 4 * np.pi / 3 * (self.chi_far**3 - self.chi_near**3)
+
+
+def parse_shells(text: str, name: str, params: np.ndarray) -> Shells:
+    """Read z_values.txt, and check it against the simulation's cosmology.
+
+    Args:
+        text: of the file.
+        name: of the file, for messages.
+        params: of the simulation, (8,) in the order of PARAM_NAMES.
+
+    Raises:
+        UserError: other columns, a gap, an overlap, or distances that are not those of the cosmology in Mpc/h.
+    """
+    first, _, _ = text.partition("\n")
+    if not first.replace(" ", "").startswith(HEADER.replace(" ", "")):
+        raise UserError(f"{name} does not begin with {HEADER!r}, but with {first[:80]!r}; take the served file")
+    try:
+        table = np.loadtxt(text.splitlines(), delimiter=",", ndmin=2)  # (n, 10)
+        table = table[np.argsort(table[:, 4], kind="stable")]  # by distance, nearest first
+        step, z_far, z_near, chi_far, chi_near = table[:, [0, 1, 2, 4, 5]].T  # (n,) each
+    except (ValueError, IndexError):
+        raise UserError(f"{name} is no table of numbers with commas between them; take the served file") from None
+    if not np.isfinite(table).all() or not ((chi_far > chi_near) & (z_far > z_near)).all():
+        raise UserError(f"{name} has a shell whose far edge is not beyond its near one; take the served file")
+    shells = Shells(step.astype(int), z_near, z_far, chi_near, chi_far)
+    gap = np.abs(np.append(0, chi_far[:-1]) - chi_near)
+    if (wrong := gap > EDGE_TOLERANCE * chi_far).any():
+        k = int(np.argmax(wrong))
+        raise UserError(
+            f"{name}: step {shells.step[k]} begins at {chi_near[k]:.1f} Mpc/h, where the shell before it does not end; "
+            "a row is missing or in the wrong order, take the served file"
+        )
+    near = z_far < DISTANCE_CHECKED_TO_Z
+    expected = comoving_distance(z_far[near], params)
+    off = chi_far[near] / expected - 1
+    if near.any() and (worst := np.abs(off).max()) > DISTANCE_TOLERANCE:
+        k = int(np.argmax(np.abs(off)))
+        raise UserError(
+            f"{name}: step {shells.step[k]} ends at z = {z_far[near][k]:.3f} and {chi_far[near][k]:.1f} Mpc/h, where "
+            f"its cosmology has {expected[k]:.1f} ({100 * worst:.0f} % off); the distances are not in Mpc/h, or "
+            "--params has another simulation under this number"
+        )
+    return shells
+
+
+def comoving_distance(z: np.ndarray, params: np.ndarray) -> np.ndarray:
+    """Comoving distance in Mpc/h of redshifts (n,), flat with constant w and without radiation: (n,)."""
+    omega_m, w = (params[PARAM_NAMES.index(name)] for name in ("Omega_m", "w"))
+    grid = np.linspace(0, max(float(np.max(z, initial=0)), 1e-3), 2001)
+    e = np.sqrt(omega_m * (1 + grid) ** 3 + (1 - omega_m) * (1 + grid) ** (3 * (1 + w)))
+    return CubicSpline(grid, HUBBLE_DISTANCE * cumulative_simpson(1 / e, x=grid, initial=0))(z)
+
+
+def born_weights(shells: Shells, z: np.ndarray, nz: np.ndarray, omega_m: float) -> np.ndarray:
+    """Weights (4, n_shells) with which the density contrast of each shell adds up to the convergence of each bin.
+
+    kappa_a = sum_k (3/2) (H0/c)^2 Omega_m (1 + z_k) chi_k g_a(chi_k) Delta chi_k delta_k, with
+    g_a(chi) = int_chi^inf n_a(chi') (chi' - chi) / chi' dchi' (e.g. Bartelmann & Schneider 2001, astro-ph/9912508,
+    section 6.2), chi_k the middle of a shell and z_k its redshift.
+
+    Args:
+        shells: of the lightcone, in Mpc/h.
+        z, nz: (n_z,) and normalised (4, n_z), as from read_nz.
+        omega_m: of the simulation.
+
+    Raises:
+        UserError: sources lie beyond the outermost shell.
+    """
+    beyond = np.where(z > shells.z_far[-1], nz, 0)  # (4, n_z)
+    if (unseen := np.trapezoid(beyond, z, axis=1)).max() > MAX_UNSEEN_SOURCES:
+        raise UserError(
+            f"{100 * unseen.max():.1f} % of the sources of bin {int(unseen.argmax()) + 1} lie beyond z = "
+            f"{shells.z_far[-1]:.2f}, where the shells end; give another --nz"
+        )
+    edges_z, edges_chi = np.append(0, shells.z_far), np.append(0, shells.chi_far)
+    chi_source = CubicSpline(edges_z, edges_chi)(np.minimum(z, edges_z[-1]))  # (n_z,)
+    chi = (shells.chi_near + shells.chi_far) / 2  # (n_shells,)
+    z_middle = CubicSpline(edges_chi, edges_z)(chi)
+    behind = np.maximum(1 - chi[:, None] / np.maximum(chi_source, 1e-9), 0)  # (n_shells, n_z): (chi' - chi) / chi'
+    g = np.trapezoid(nz[:, None] * behind, z, axis=2)  # (4, n_shells)
+    kernel = (1 + z_middle) * chi * (shells.chi_far - shells.chi_near)  # (n_shells,)
+    return 1.5 * omega_m / HUBBLE_DISTANCE**2 * kernel * g  # (4, n_shells)
+
+
+def lost_share(weights: np.ndarray, missing: Sequence[bool] | np.ndarray) -> float:
+    """Share of a bin's total weight that missing shells carry, of the bin that loses most."""
+    return float((weights[:, np.asarray(missing, dtype=bool)].sum(axis=1) / weights.sum(axis=1)).max())

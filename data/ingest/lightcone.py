@@ -1,0 +1,243 @@
+"""The shells of one simulated lightcone, read one after the other and projected to convergence.
+
+A simulation is a folder, or a tar file (compressed or not) that is read as a stream and never unpacked. In it lie
+z_values.txt, run.NNNNN.lightcone.npy for the shell of step NNNNN (particle counts per pixel, RING), and beside some of
+those run.NNNNN.incomplete.npy, which says that the box did not reach all around: such a shell is left out.
+"""
+
+from __future__ import annotations
+
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+import numpy as np
+
+from common.errors import UserError
+from data.ingest.born import Shells, born_weights, lost_share, parse_shells
+from data.schema import N_BINS, PARAM_NAMES
+
+Z_VALUES = "z_values.txt"
+SHELL = re.compile(r"run\.(\d+)\.(lightcone|incomplete)\.npy")
+CHUNK = 1 << 20  # pixels at a time
+MAX_LOST_SHARE = 0.01  # of a bin's lensing weight in shells that are not there
+IRRELEVANT_SHARE = 1e-6  # of it, below which a shell may be missing
+DENSITY_TOLERANCE = 0.1  # relative, of a shell's mean density against the others'
+DENSITY_CHECKED_FROM = 500.0  # [Mpc/h]; nearer shells are so small that their density varies by itself
+DAMAGES = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError)
+
+
+class BadSimulationError(UserError):
+    """What is wrong with one simulation, which can be left out."""
+
+
+class _TooLate(Exception):
+    """Something in a tar file should have been known before the shells that stand before it were read."""
+
+
+def project_lightcone(source: Path, params: np.ndarray, z: np.ndarray, nz: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Convergence of the four bins from the shells of one simulation.
+
+    Takes the memory of four maps and one shell, in float32.
+
+    Args:
+        source: folder or tar file.
+        params: of the simulation, (8,) in the order of PARAM_NAMES.
+        z, nz: as from read_nz.
+
+    Returns:
+        kappa, float32 (4, 12 nside^2) in RING order, zero on average; and the steps left out as incomplete.
+
+    Raises:
+        BadSimulationError: something is missing, damaged, or not what it should be: names the file.
+    """
+    projection = _Projection(source, params, z, nz)
+    try:
+        if source.is_dir():
+            projection.learn(_files(source), whole=True)
+            projection.add_all(_files(source))
+        else:
+            try:
+                projection.add_all(_files(source))
+            except _TooLate:
+                projection = _Projection(source, params, z, nz)
+                projection.learn(_files(source), whole=True)
+                projection.add_all(_files(source))
+        return projection.finish()
+    except BadSimulationError:
+        raise
+    except UserError as error:
+        raise BadSimulationError(str(error)) from None
+    except DAMAGES as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise BadSimulationError(f"{source} is truncated or damaged ({reason}); download it again") from None
+
+
+class _Projection:
+    """Adds shells as they come."""
+
+    def __init__(self, source: Path, params: np.ndarray, z: np.ndarray, nz: np.ndarray) -> None:
+        self.source, self.params, self.z, self.nz = source, params, z, nz
+        self.shells: Shells | None = None
+        self.weights = np.empty((N_BINS, 0))
+        self.density: dict[int, float] = {}  # by step: particles per (Mpc/h)^3
+        self.incomplete: set[int] = set()
+        self.kappa = np.empty((N_BINS, 0), dtype=np.float32)
+        self.knows_all = False
+
+    def learn(self, files: Iterator[tuple[str, IO[bytes]]], whole: bool = False) -> None:
+        """Take what the files say beside the shells."""
+        for name, file in files:
+            self._notice(name, file)
+        self.knows_all = whole
+
+    def _notice(self, name: str, file: IO[bytes]) -> int | None:
+        """Take what a file says, if it is not a shell's counts; else the shell's step."""
+        if name == Z_VALUES and self.shells is None:
+            text = file.read().decode(errors="replace")
+            self.shells = parse_shells(text, f"{self.source}/{Z_VALUES}", self.params)
+            self.weights = born_weights(self.shells, self.z, self.nz, float(self.params[PARAM_NAMES.index("Omega_m")]))
+        if (match := SHELL.fullmatch(name)) is None:
+            return None
+        step = int(match[1])
+        if match[2] == "incomplete":
+            self.incomplete.add(step)
+            if step in self.density:
+                raise _TooLate
+            return None
+        return step
+
+    def add_all(self, files: Iterator[tuple[str, IO[bytes]]]) -> None:
+        """Add every shell that counts."""
+        for name, file in files:
+            step = self._notice(name, file)
+            if step is None or step in self.incomplete:
+                continue
+            if self.shells is None:
+                if self.knows_all:
+                    raise BadSimulationError(f"{self.source} has no {Z_VALUES}; download it again")
+                raise _TooLate
+            if step not in self.shells.step:
+                raise BadSimulationError(f"{self.source}/{name}: {Z_VALUES} has no step {step}; download it again")
+            if step in self.density:
+                raise BadSimulationError(f"{self.source}/{name} is there twice; download it again")
+            k = int(np.argmax(self.shells.step == step))
+            if self.weights[:, k].max() > 0:
+                self._add(k, name, file)
+
+    def _add(self, k: int, name: str, file: IO[bytes]) -> None:
+        assert self.shells is not None
+        counts = read_counts(file, f"{self.source}/{name}")
+        if self.kappa.shape[1] == 0:
+            self.kappa = np.zeros((N_BINS, len(counts)), dtype=np.float32)
+        if len(counts) != self.kappa.shape[1]:
+            raise BadSimulationError(
+                f"{self.source}/{name} has {len(counts)} pixels, the shells before it {self.kappa.shape[1]}; "
+                "download it again"
+            )
+        total = counts.sum(dtype=np.float64)
+        if not (np.isfinite(total) and total > 0 and counts.min() >= 0):
+            raise BadSimulationError(f"{self.source}/{name} has no particles, or negative ones; download it again")
+        self.density[int(self.shells.step[k])] = total / self.shells.volume[k]
+        mean, weight = total / len(counts), self.weights[:, k].astype(np.float32)
+        for start in range(0, len(counts), CHUNK):  # so few pixels at a time stay in the processor's cache
+            chunk = slice(start, start + CHUNK)
+            delta = counts[chunk] * np.float32(1 / mean) - np.float32(1)  # (CHUNK,)
+            for bin_kappa, of_bin in zip(self.kappa, weight, strict=True):
+                bin_kappa[chunk] += of_bin * delta
+
+    def finish(self) -> tuple[np.ndarray, list[int]]:
+        """The sum, once it has proved complete."""
+        if self.shells is None:
+            raise BadSimulationError(f"{self.source} has no {Z_VALUES}; download it again")
+        step = self.shells.step
+        absent = ~np.isin(step, list(self.density))
+        marked = np.isin(step, list(self.incomplete))
+        share = (self.weights / self.weights.sum(axis=1, keepdims=True)).max(axis=0)  # (n_shells,)
+        if (gone := absent & ~marked & (share > IRRELEVANT_SHARE)).any():
+            raise BadSimulationError(
+                f"{self.source} lacks run.{step[gone][0]:05d}.lightcone.npy"
+                + (f" and {gone.sum() - 1} more" if gone.sum() > 1 else "")
+                + "; download it again"
+            )
+        if (lost := lost_share(self.weights, absent)) > MAX_LOST_SHARE:
+            names = ", ".join(map(str, sorted(step[absent & (share > IRRELEVANT_SHARE)])))
+            raise BadSimulationError(
+                f"{self.source}: the incomplete shells (steps {names}) carry {100 * lost:.1f} % of a bin's lensing "
+                "weight; its convergence would be too weak, so give nearer sources as --nz or leave it out"
+            )
+        self._compare_densities()
+        return self.kappa, sorted(int(s) for s in step[marked & (share > IRRELEVANT_SHARE)])
+
+    def _compare_densities(self) -> None:
+        """Raise BadSimulationError if a shell has another density than the rest: its counts are of another shell."""
+        assert self.shells is not None
+        far = [
+            int(s)
+            for s, near in zip(self.shells.step, self.shells.chi_near, strict=True)
+            if near > DENSITY_CHECKED_FROM and s in self.density
+        ]
+        if not far:
+            return
+        usual = float(np.median([self.density[s] for s in far]))
+        worst = max(far, key=lambda s: abs(self.density[s] / usual - 1))
+        if abs(self.density[worst] / usual - 1) > DENSITY_TOLERANCE:
+            raise BadSimulationError(
+                f"{self.source}/run.{worst:05d}.lightcone.npy has {self.density[worst] / usual:.2f} times the density "
+                f"of the others; it does not belong to step {worst}, or {Z_VALUES} is another simulation's"
+            )
+
+
+def _files(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Names, without folders, and open files of a simulation."""
+    if source.is_dir():
+        for path in sorted(source.iterdir()):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    yield path.name, file
+        return
+    with tarfile.open(source, "r|*") as archive:  # a stream: nothing is unpacked, nothing is read twice
+        for member in archive:
+            opened = archive.extractfile(member)
+            if opened is not None:
+                yield PurePosixPath(member.name).name, opened
+
+
+def read_counts(file: IO[bytes], name: str) -> np.ndarray:
+    """Counts of one shell from an npy file that is read as a stream, float32 (12 nside^2).
+
+    Raises:
+        BadSimulationError: the file is no HEALPix map in npy format, or ends too early.
+    """
+    with _named(name):
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        n_pixels = int(np.prod(shape))
+        nside = round((n_pixels / 12) ** 0.5)
+        if dtype.kind not in "iuf" or 12 * nside**2 != n_pixels or nside & (nside - 1) or n_pixels != max(shape):
+            raise ValueError(f"{dtype} {shape} is no HEALPix map")
+        counts = np.empty(n_pixels, dtype=np.float32)
+        for start in range(0, n_pixels, CHUNK):
+            n = min(CHUNK, n_pixels - start)
+            content = file.read(n * dtype.itemsize)
+            if len(content) < n * dtype.itemsize:
+                raise ValueError(f"ends after {start + len(content) // dtype.itemsize} of {n_pixels} pixels")
+            counts[start : start + n] = np.frombuffer(content, dtype=dtype)
+        if file.read(1):
+            raise ValueError(f"goes on after {n_pixels} pixels")
+    return counts
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGES as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise BadSimulationError(f"{name} is truncated or damaged ({reason}); download it again") from None

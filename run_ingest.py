@@ -1,0 +1,81 @@
+"""Make tiles from simulated lightcones or from full-sky convergence maps.
+
+python run_ingest.py --lightcones DIR --params gower_street_runs.csv --nz nz.txt --lmax 200    here, all cores
+modal run run_ingest.py --lightcones URL ...            on Modal, a container per simulation, onto the Volume
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from common import remote
+from common.config import IngestConfig, parse_args, with_signature_of
+from common.errors import UserError, exit_on_user_error
+
+
+@exit_on_user_error
+def main() -> None:
+    """Parse, ingest, print."""
+    config = parse_args(IngestConfig)
+    from data.ingest.suite import run_ingest  # after parsing: --help and a bad value need no healpy
+
+    report(run_ingest(config))
+
+
+def report(result: dict[str, Any]) -> None:
+    """What the user waited for."""
+    print(f"{result['n_sims']} simulations, {result['n_tiles']} tiles in each folder, {result['elapsed_s']:.0f} s")
+    for folder in result["folders"]:
+        print(f"tiles     {folder}")
+    if result["left_out"]:
+        print(f"left out  {len(result['left_out'])} simulations; reasons in {result['folders'][0]}/ingest.json")
+
+
+if remote.modal is not None:
+    app = remote.modal.App("kappa-fom-ingest")
+
+    @app.function(**remote.INGEST_FUNCTION)
+    def unfinished_in_container(jobs: list[Any], restart: bool) -> dict[str, Any]:
+        """The jobs that have something left to do."""
+        from data.ingest.suite import unfinished
+
+        return remote.on_volume(lambda: {"jobs": unfinished(jobs, restart)})
+
+    @app.function(**remote.INGEST_FUNCTION)
+    def ingest_in_container(job: Any) -> dict[str, Any]:
+        """One simulation: downloaded to the container's own disk, its tiles onto the Volume."""
+        from data.ingest.simulation import ingest
+
+        return remote.on_volume(lambda: {"outcome": ingest(job)})
+
+    @app.function(**remote.INGEST_FUNCTION)
+    def summary_in_container(jobs: list[Any], outcomes: list[Any], elapsed_s: float) -> dict[str, Any]:
+        """What has become of all of them."""
+        from data.ingest.suite import summarise
+
+        return remote.on_volume(lambda: summarise(jobs, outcomes, elapsed_s))
+
+    @app.local_entrypoint()
+    @exit_on_user_error
+    @with_signature_of(IngestConfig)
+    def modal_main(**options: Any) -> None:
+        """Lightcones to tiles on Modal."""
+        start = time.monotonic()
+        config = replace(IngestConfig(**options), results_dir=remote.RESULTS)
+        if "://" not in config.lightcones:
+            raise UserError("on Modal, give the URL that serves the simulations as --lightcones")
+        from data.ingest.suite import collected, plan
+
+        jobs = plan(config)
+        left = remote.out_of_container(unfinished_in_container.remote(jobs, config.restart))["jobs"]
+        results = ingest_in_container.map(left, order_outputs=False)
+        outcomes = collected(
+            (remote.out_of_container(result)["outcome"] for result in results), config.strict, len(left)
+        )
+        report(remote.out_of_container(summary_in_container.remote(jobs, outcomes, time.monotonic() - start)))
+
+
+if __name__ == "__main__":
+    main()
