@@ -29,11 +29,11 @@ from data.norm_stats import read_norm_stats
 from data.shards import Tiles
 
 LMAX = 100
+AVERAGED = "--ema-decay 0.99 --norm-tiles 1024"
 RECIPES = {  # the first is what the others are compared with
     "long": "--max-epochs 40 --warmup-steps 200 --decay-epochs 2 --decay-factor 0.8",
-    "half": "--max-epochs 20 --warmup-steps 200 --decay-epochs 1 --decay-factor 0.8",
-    "half, averaged": "--max-epochs 20 --warmup-steps 100 --decay-epochs 1 --decay-factor 0.8 --ema-decay 0.99",
-    "third, averaged": "--max-epochs 13 --warmup-steps 100 --decay-epochs 1 --decay-factor 0.7 --ema-decay 0.99",
+    "half": f"--max-epochs 20 --warmup-steps 100 --decay-epochs 5 --decay-factor 0.6 {AVERAGED}",
+    "third": f"--max-epochs 13 --warmup-steps 100 --decay-epochs 3 --decay-factor 0.5 {AVERAGED}",
 }
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -209,6 +210,8 @@ def fit(
                 progress.advance()
 
             train_loss = _finite_mean(at, data, config, last.best)
+            if config.norm_tiles:
+                renew_batch_norm(judged, data.compressor_train_ds, config)
             val_mse = mean_squared_error(judged, data.npe_train_ds, config.batch_size)
             if stopper.update(val_mse, at.epoch):
                 save_compressor(last.best, judged, config, hashes, at.epoch, val_mse)
@@ -243,6 +246,27 @@ def _finite_mean(at: Position, data: TileDataModule, config: CompressorConfig, b
             f"the batch's tiles (sim/orientation/tile): {names}"
         )
     return float(losses.mean())
+
+
+@torch.no_grad()
+def renew_batch_norm(model: FieldLevelCompressor, dataset: TileDataset, config: CompressorConfig) -> None:
+    """Put the mean statistics of --norm-tiles tiles in the place of BatchNorm's running ones.
+
+    Those are of a few batches of rolled tiles, which have a seam that no tile has that is judged. It takes the same
+    tiles every time, and drops no layer, so that nothing is drawn at random.
+    """
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.train()
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain mean over batches
+    some = batches(dataset, config.batch_size, seeded_generator(config.seed, "compressor norm tiles"))
+    for kappa, _ in islice(some, n_batches(config.norm_tiles, config.batch_size)):
+        model(kappa)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
 
 
 @torch.no_grad()

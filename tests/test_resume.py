@@ -34,6 +34,7 @@ TILES = f"--lmax {SMALL_LMAX} --noise-level noiseless"
 COMMANDS = {
     "run_mock": f"{TILES} --n-sims 120 --results-dir results --workers 1",
     "run_compressor": f"{TILES} --backbone tiny --max-epochs 6 --batch-size 64 --warmup-steps 10 --ema-decay 0.9 "
+    "--norm-tiles 100 "
     f"--device cpu --checkpoint-seconds 0 --results-dir results --tag {TAG}",
     "run_npe": f"--ckpt results/field_compressor_runs/{TAG}/best.ckpt --max-epochs 20 --n-members 2 --device cpu "
     "--checkpoint-seconds 0",
@@ -192,7 +193,7 @@ def test_a_network_that_draws_at_random_goes_on_as_well(
     def config(tag: str) -> CompressorConfig:
         return CompressorConfig(
             results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny",
-            max_epochs=2, batch_size=200, warmup_steps=2, device="cpu", tag=tag,
+            max_epochs=2, batch_size=200, warmup_steps=2, norm_tiles=200, device="cpu", tag=tag,
         )  # fmt: skip
 
     stop_at(-1)
