@@ -1,0 +1,118 @@
+"""The published tiles from the Hugging Face hub: one configuration, checked, and resumable."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
+
+from common.artifacts import CannotWriteError, claimed, sha256_of_file
+from common.config import FetchConfig
+from common.errors import UserError
+from common.progress import Progress
+from data.schema import TILES_PER_SIM
+from data.shards import read_index
+
+FOLDER = "gower_street"  # below --results-dir; in it the files lie as in the repository
+MEGABYTE = 1_000_000
+TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the library below, which is another in each version
+
+
+def fetch_tiles(config: FetchConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Download the shards of one configuration that are not here yet, and check all of them.
+
+    Args:
+        config: all options.
+        on_checkpoint: called after every shard (Modal commits its Volume).
+
+    Returns:
+        folder, n_shards, n_tiles, n_sims, megabytes, commit (of the repository).
+
+    Raises:
+        UserError: there is no such configuration, the hub cannot be reached, or what came is not what it has.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # of single files
+    home = Path(config.results_dir, FOLDER)
+    folder = home / "data" / config.configuration
+    with claimed(home):
+        try:
+            api = HfApi(endpoint=config.endpoint or None)
+            commit = api.dataset_info(config.repo, revision=config.revision).sha or config.revision
+            files = _shards_of(api, config, commit)
+            with Progress("fetching", sum(file.size for file in files) // MEGABYTE, "MB") as progress:
+                for file in files:
+                    _fetch(file, config, commit, home)
+                    on_checkpoint()
+                    progress.advance(file.size // MEGABYTE, Path(file.path).name)
+        except (RepositoryNotFoundError, HFValidationError):
+            raise UserError(f"the hub has no data set {config.repo} at {config.revision}; see to --repo") from None
+        except (HfHubHTTPError, TRANSPORT_ERROR, ConnectionError, TimeoutError) as error:
+            reason = str(error).splitlines()[0][:160]
+            raise UserError(f"the hub cannot be reached ({reason}); the same command goes on from here") from None
+        except OSError as error:
+            raise CannotWriteError(home, error) from None
+    index = read_index(folder, config.lmax, config.noise_level)
+    return {
+        "folder": str(folder),
+        "n_shards": len(files),
+        "n_tiles": len(index.keys),
+        "n_sims": len(index.keys) // TILES_PER_SIM,
+        "megabytes": sum(file.size for file in files) // MEGABYTE,
+        "commit": commit,
+        "lmax": config.lmax,
+        "noise_level": config.noise_level,
+    }
+
+
+def _shards_of(api: HfApi, config: FetchConfig, commit: str) -> list[RepoFile]:
+    def listed(path: str) -> list[Any]:
+        try:
+            return list(api.list_repo_tree(config.repo, path, repo_type="dataset", revision=commit))
+        except EntryNotFoundError:
+            return []
+
+    files = [entry for entry in listed(f"data/{config.configuration}") if isinstance(entry, RepoFile)]
+    shards = [file for file in files if Path(file.path).match("shard_*.parquet")]
+    if not shards:
+        there = ", ".join(Path(entry.path).name for entry in listed("data")) or "no tiles at all"
+        raise UserError(f"{config.repo} has no data/{config.configuration}; it has {there}")
+    return shards
+
+
+def _fetch(file: RepoFile, config: FetchConfig, commit: str, home: Path) -> None:
+    """Download one file unless it is here; a second time if what is here or came is not right.
+
+    Raises:
+        UserError: it is not right then, either.
+    """
+    path = home / file.path
+    for again in (False, True):
+        if _is_right(path, file):
+            return
+        hf_hub_download(
+            config.repo,
+            file.path,
+            repo_type="dataset",
+            revision=commit,
+            local_dir=home,
+            endpoint=config.endpoint or None,
+            force_download=again or path.exists(),
+        )
+    if not _is_right(path, file):
+        path.unlink()
+        raise UserError(
+            f"{path} came twice and is not what the hub says it is (its hash does not fit); try again later"
+        )
+
+
+def _is_right(path: Path, file: RepoFile) -> bool:
+    if not path.exists() or path.stat().st_size != file.size:
+        return False
+    return file.lfs is None or sha256_of_file(path) == file.lfs.sha256
