@@ -204,6 +204,27 @@ class IngestConfig(SeedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FetchConfig(ResultsOptions):
+    """Download the published Gower Street tiles of one configuration from the Hugging Face hub."""
+
+    lmax: int = option(200, "largest multipole of the tiles")
+    noise_level: str = option("des_y3", "shape noise of the tiles")
+    repo: str = option("EiffL/GowerStreetDESY3", "data set on the hub")
+    revision: str = option("main", "branch, tag or commit of it")
+    endpoint: str = option("", "another server than huggingface.co")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "lmax")
+        _plain_name(self.noise_level, "--noise-level")
+
+    @property
+    def configuration(self) -> str:
+        """Name of its folder on the hub."""
+        return f"lmax_{self.lmax}_{self.noise_level}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingOptions(SharedOptions):
     """What a training computes with."""
 
@@ -271,13 +292,18 @@ class CompressorConfig(SplitOptions, TrainingOptions, WritingOptions):
         0.0,
         "keep an exponential moving average of the weights with this decay per step, and validate and save it (0: off)",
     )
+    norm_tiles: int = option(
+        0,
+        "before every validation, take the BatchNorm statistics afresh from so many training tiles as they are, not "
+        "turned and rolled (0: keep the running ones)",
+    )
     theta_noise: float = option(0.005, "standard deviation of Gaussian noise on the normalised theta while training")
     tag: str = option("", "name of the run (default: field_mse_lmax{lmax}_{noise-level}_{backbone})")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "max_epochs", "batch_size", "patience", "learning_rate", "decay_factor", "decay_epochs")
-        _not_negative(self, "weight_decay", "warmup_steps", "theta_noise", "ema_decay")
+        _not_negative(self, "weight_decay", "warmup_steps", "theta_noise", "ema_decay", "norm_tiles")
         if self.ema_decay >= 1:
             raise UserError(f"--ema-decay is {self.ema_decay}; it must be below 1")
         _plain_name(self.tag)
@@ -372,6 +398,22 @@ class SweepRun:
             raise UserError(f"{twice[0]} is the sweep's own option; leave it out of the quotes")
         flags = [word for name, value in given.items() for word in (_flag(name), str(value))]
         return parse_args(config_class, [*flags, *shlex.split(text)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(ResultsOptions):
+    """Answer single tiles with a finished stage-2 run: posterior, samples, and whether they look like its suite."""
+
+    run: str = required("folder of a finished stage-2 run")
+    tiles: str = required("shard_*.parquet, or .npy of shape (4, N, N) or (n, 4, N, N): whole tiles without a mask")
+    results_dir: str = option("", "folder to write to (default: predictions/ in the run's)")
+    n_samples: int = option(10_000, "samples of each posterior, for GetDist (0: none)")
+    seed: int = option(42, "seed of the samples")
+    device: Device = option("auto", "auto takes cuda, then mps, then cpu")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _not_negative(self, "n_samples", "seed")
 
 
 Config = TypeVar("Config", bound=ResultsOptions)

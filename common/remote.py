@@ -102,7 +102,7 @@ def _no_volume() -> None:
 def _on_volume(config: Config) -> Config:
     """The config with its paths below /results: `results/x`, `/results/x` and `x` all mean x on the Volume."""
     moved: dict[str, Any] = {"results_dir": RESULTS}
-    for name in ("tiles_dir", "ckpt", "calibration_tiles", "noiseless_tiles"):
+    for name in ("tiles_dir", "ckpt", "calibration_tiles", "noiseless_tiles", "run", "tiles"):
         if path := getattr(config, name, ""):
             moved[name] = str(_volume_path(path))
     return replace(config, **moved)

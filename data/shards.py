@@ -255,7 +255,7 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
 
         def read(path: Path) -> None:
             row, positions = 0, index.places[path]
-            for tiles in _kappa_of(path, index.nside, index.lmax):
+            for tiles in kappa_of_shard(path, index.nside, index.lmax):
                 if row + len(tiles) > len(positions):
                     break
                 some = positions[row : row + len(tiles)]
@@ -411,7 +411,7 @@ def _check_labels(keys: np.ndarray, params: np.ndarray, order: np.ndarray, place
         )
 
 
-def _kappa_of(path: Path, nside: int, lmax: int) -> Iterator[np.ndarray]:
+def kappa_of_shard(path: Path, nside: int, lmax: int) -> Iterator[np.ndarray]:
     """The tiles of one shard in the order of its rows, float32 (m, 4, N, N), a few at a time."""
     batch_size = max(1, VALUES_PER_READ // (N_BINS * nside * nside))
     row = 0

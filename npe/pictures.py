@@ -19,6 +19,9 @@ from npe.model import Posterior
 RADIUS_68 = np.sqrt(-2 * np.log(1 - 0.683))
 
 
+MOST_ELLIPSES = 30  # of one colour; more cannot be told apart
+
+
 def _ellipse(mu: np.ndarray, cov: np.ndarray, radius: float, **style: Any) -> Ellipse:
     """The contour of a Gaussian: mu (2,), cov (2, 2)."""
     value, vector = np.linalg.eigh(cov)
@@ -112,6 +115,29 @@ def draw_tiles(data: TileDataModule, path: Path) -> None:
                 if number == len(rows) - 1:
                     drawn.colorbar(shown, ax=grid[:, k], location="bottom", shrink=0.9, pad=0.02, label=r"$\kappa$")
             line[0].set_ylabel(f"{name}\n{values}", fontsize=9)
+
+
+def draw_predictions(posterior: Posterior, ordinary: np.ndarray, theta: np.ndarray, path: Path) -> None:
+    """Posteriors of tiles, those unlike the training tiles in another colour, over the cosmologies learnt from.
+
+    Args:
+        posterior: of n tiles.
+        ordinary: bool (n,).
+        theta: (n_reference, 2).
+        path: of the picture.
+    """
+    with figure(path, 5.2, 4.2) as drawn:
+        axes = drawn.subplots()
+        axes.plot(*theta.T, ".", color="0.8", ms=2, zorder=0, label="cosmologies learnt from")
+        for like, colour, label in ((True, BLUE, "ordinary"), (False, ORANGE, "unlike the training tiles")):
+            some = np.flatnonzero(ordinary == like)
+            for i in some[:MOST_ELLIPSES]:
+                axes.add_patch(_ellipse(posterior.mu[i], posterior.cov[i], RADIUS_68, edgecolor=colour, lw=1))
+            if len(some):
+                more = f", {MOST_ELLIPSES} of them drawn" if len(some) > MOST_ELLIPSES else ""
+                axes.plot(*posterior.mu[some[:MOST_ELLIPSES]].T, ".", color=colour, label=f"{len(some)} {label}{more}")
+        axes.set(xlabel=r"$\Omega_{\rm m}$", ylabel=r"$S_8$", title="68 % of each tile's posterior")
+        axes.legend(fontsize=8, loc="upper right")
 
 
 def draw_curve(curve: list[dict[str, Any]], points: list[dict[str, Any]], noise_level: str, path: Path) -> None:

@@ -38,6 +38,7 @@ from npe.calibration import calibrate
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all
 from npe.ensemble import Member, ensemble_to_json, make_members
 from npe.fom import augmentation_shift, bootstrap_median
+from npe.likeness import REFERENCE_NAME, Reference, look_at, save_reference
 from npe.model import CHECKPOINT_NAME, GaussianNPE, Posterior, load_npe, predict_posterior, save_npe
 from npe.pictures import draw_calibration, draw_fom, draw_tiles
 from npe.report import write_report
@@ -116,6 +117,7 @@ def _train(
         fresh_ds = CompressedTileDataset(fresh_tiles, trained.model, config.n_views)
         posterior = _posterior_of(npe, fresh_ds, data, config.batch_size)
         calibration = calibrate(posterior, fresh.theta, fresh.keys[:, 0], calibration_rng)
+    reference = _reference(CompressedTileDataset(data.npe_train_ds, trained.model, config.n_views), data, config)
     test_median = bootstrap_median(test.fom, data.manifest.splits["test"][:, 0], rng)
     assert data.audit.fiducial is not None  # _read_tiles refuses a data set without fiducial tiles
     fiducial_median = bootstrap_median(fiducial.fom, np.array(data.audit.fiducial.patch_of_tile), rng)
@@ -171,6 +173,7 @@ def _train(
             "epoch": trained.epoch,
             "config": asdict(trained.config),
         },
+        "reference_sha256": save_reference(folder / REFERENCE_NAME, reference),
         "manifest_sha256": data.manifest.sha256,
         "folder": str(folder),
         "elapsed_s": round(last.elapsed_s(), 1),
@@ -277,6 +280,13 @@ def _not_finite(at: Position, compressed: CompressedTileDataModule, config: NPEC
 def _posterior_of(npe: GaussianNPE, dataset: CompressedTileDataset, data: TileDataModule, batch_size: int) -> Posterior:
     summary, _ = compress_all(dataset, batch_size)
     return predict_posterior(npe, summary, data.norm_stats)
+
+
+def _reference(dataset: CompressedTileDataset, data: TileDataModule, config: NPEConfig) -> Reference:
+    """What the tiles look like that the NPE learnt from, for run_predict.py."""
+    summary, spectra = look_at(dataset, data.lmax, config.batch_size)
+    rows = dataset.tiles.rows.numpy()
+    return Reference(summary, spectra, data.tiles.theta[rows], data.tiles.keys[rows, 0])
 
 
 def _read_calibration_tiles(config: NPEConfig, data: TileDataModule) -> Tiles | None:

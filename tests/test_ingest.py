@@ -10,6 +10,7 @@ import re
 import shutil
 import tarfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -33,7 +34,7 @@ from data.ingest.lightcone import BadSimulationError, project_lightcone
 from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
 from data.ingest.simulation import alm_of_kappa
-from data.ingest.suite import run_ingest
+from data.ingest.suite import plan, run_ingest
 from data.mock.cosmology import FIDUCIAL, design, params_of
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES
 from data.schema import PARAM_NAMES, noise_cl
@@ -618,3 +619,27 @@ def test_lightcones_go_to_a_figure_of_merit_in_three_commands(
     )
     assert code == 0
     assert "12 patches of sky" in out
+
+
+@pytest.mark.modal
+def test_containers_give_the_tiles_that_this_machine_gives(
+    server: tuple[str, type[Server]], suite: Path, noiseless: Path, tmp_path: Path
+) -> None:
+    """What modal_main hands from one function to the next, with .local() in place of the cloud."""
+    pytest.importorskip("modal")
+    import run_ingest as command
+
+    url, serving = server
+    for sim_id in (1, 109):
+        packed(suite / f"sims/sim{sim_id:05d}", tmp_path / "archive", str)
+        serving.files[f"/sim{sim_id:05d}.tar.gz"] = (tmp_path / "archive").read_bytes()
+    jobs = plan(config_of(suite, tmp_path / "results", lightcones=url, sims="1,2,109"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # .local() says that it is not what one usually wants
+        left = command.unfinished_in_container.local(jobs, False)["jobs"]
+        outcomes = [command.ingest_in_container.local(job)["outcome"] for job in left]
+        result = command.summary_in_container.local(jobs, outcomes, 1.0)
+        assert not [job for job in command.unfinished_in_container.local(jobs, False)["jobs"] if job.sim_id != 2]
+    assert (result["n_sims"], list(result["left_out"])) == (2, ["2"])
+    wanted = tiles_in(noiseless)
+    assert np.array_equal(tiles_in(tmp_path / "results"), np.concatenate([wanted[:12], wanted[-12:]]))

@@ -20,7 +20,15 @@ import torch
 from conftest import ROOT, SMALL_LMAX
 
 from common import remote
-from common.config import CheckConfig, CompressorConfig, NPEConfig, SweepConfig
+from common.config import (
+    CheckConfig,
+    CompressorConfig,
+    FetchConfig,
+    IngestConfig,
+    NPEConfig,
+    PredictConfig,
+    SweepConfig,
+)
 
 pytest.importorskip("modal")
 pytestmark = pytest.mark.modal
@@ -31,6 +39,9 @@ FUNCTIONS = {
     "run_mock": "mock_in_container",
     "run_check": "check_in_container",
     "run_sweep": "point_in_container",
+    "run_ingest": "ingest_in_container",
+    "run_predict": "predict_in_container",
+    "run_fetch": "fetch_in_container",
 }
 
 
@@ -45,7 +56,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", sorted(FUNCTIONS))
 def test_functions_ask_for_what_a_long_run_needs(script: str) -> None:
     info = getattr(importlib.import_module(script), FUNCTIONS[script]).info()
-    gpus = [] if script in ("run_mock", "run_check", "run_ingest") else ["H100", "A100-80GB"]
+    gpus = ["H100", "A100-80GB"] if script in ("run_compressor", "run_npe", "run_sweep") else []
     assert [name for name, _ in info.gpus or []] == gpus
     assert info.timeout == 24 * 3600
     assert info.max_retries == 10
@@ -66,6 +77,9 @@ def modal_run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("run_npe", NPEConfig),
         ("run_check", CheckConfig),
         ("run_sweep", SweepConfig),
+        ("run_ingest", IngestConfig),
+        ("run_predict", PredictConfig),
+        ("run_fetch", FetchConfig),
     ],
 )
 def test_modal_run_help_lists_every_option(script: str, config: type) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SMALL_LMAX
+from conftest import SMALL_LMAX, make_tiles
 
 from common.config import CompressorConfig
 from compress.model import FieldLevelCompressor, load_compressor
-from compress.train import predict
-from data.module import TileDataModule
-from data.norm_stats import read_norm_stats
+from compress.train import predict, renew_batch_norm
+from data.module import TileDataModule, whole_dataset
+from data.norm_stats import NormStats, read_norm_stats
 from data.shards import read_tiles
 from data.split import make_manifest, read_manifest, write_manifest
 from npe.model import load_npe, predict_posterior
@@ -68,7 +68,7 @@ def test_every_promised_file_and_key_is_there(finished: Path) -> None:
     }  # fmt: skip
     assert {p.name for p in npe_run(finished).iterdir()} == {
         "npe_best.ckpt", "fom_result.json", "metrics.jsonl", "loss_curves.png", "fom.png", "calibration.png",
-        "tiles.png", "report.html",
+        "tiles.png", "report.html", "reference.npz",
     }  # fmt: skip
     fom = json.loads((npe_run(finished) / "fom_result.json").read_text())
     assert list(fom)[:9] == [
@@ -317,3 +317,24 @@ def test_averaged_weights_are_the_stated_recursion_and_leave_the_training_alone(
     saved = load_compressor(tmp_path / "field_compressor_runs" / "decay_0.2" / "best.ckpt", CPU, "float32").model
     for name, tensor in saved.state_dict().items():
         assert torch.equal(tensor, averaged[-1][name]), name
+
+
+def test_renewed_batch_norm_statistics_are_those_of_the_tiles_as_they_are(tmp_path: Path) -> None:
+    """Two routes for the first layer: its own bookkeeping, and moments of the convolution's output."""
+    tiles = make_tiles(8, 16, 32)
+    dataset = whole_dataset(tiles, NormStats((0.0,) * 4, (1.0,) * 4, (0.3, 0.8), (0.1, 0.1)), CPU)
+    torch.manual_seed(0)
+    model = FieldLevelCompressor("tiny")
+    config = CompressorConfig(backbone="tiny", norm_tiles=len(tiles.keys), batch_size=32)
+    weights = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    before = torch.get_rng_state()
+    renew_batch_norm(model, dataset, config)
+    assert torch.equal(torch.get_rng_state(), before)
+    stem, norm = model.features[0][0], model.features[0][1]
+    with torch.no_grad():
+        response = stem(torch.from_numpy(tiles.kappa))  # (n, C, N / 2, N / 2)
+    assert torch.allclose(norm.running_mean, response.mean(dim=(0, 2, 3)), atol=1e-5)
+    # The mean over batches of their variances leaves out how the batches' means differ.
+    assert torch.allclose(norm.running_var, response.var(dim=(0, 2, 3)), rtol=0.02)
+    assert norm.momentum == type(norm)(1).momentum
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.named_parameters())

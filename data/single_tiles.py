@@ -1,0 +1,76 @@
+"""Tiles to be answered, which need no cosmology: from a shard or from a numpy file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from common.errors import UserError
+from data.schema import KEY_NAMES, N_BINS, PARAM_NAMES
+from data.shards import Tiles, empty_kappa, kappa_of_shard
+
+MAX_SHARE_OF_ZEROS = 1e-3  # convergence is a real number: many exact zeros are a mask
+UNSEEN = -1.6375e30  # HEALPix' mark of a pixel that was not observed
+WHOLE = "a tile is a whole base face without a mask, which the network has never seen"
+
+
+@dataclass(frozen=True)
+class SingleTiles(Tiles):
+    """Tiles without a cosmology (their params are NaN), with a name for each."""
+
+    names: tuple[str, ...] = ()
+
+
+def read_single_tiles(path: Path, lmax: int, nside: int) -> SingleTiles:
+    """Tiles of a parquet shard, or of an .npy file (n, 4, N, N) or (4, N, N), in the order of the file.
+
+    Raises:
+        UserError: the file is neither, its tiles have another shape, or one is masked.
+    """
+    kappa, names = (_of_shard if path.suffix == ".parquet" else _of_npy)(path, lmax, nside)
+    for tile, name in zip(kappa, names, strict=True):
+        hidden = ~np.isfinite(tile) | (tile < 0.99 * UNSEEN)
+        if hidden.any():
+            raise UserError(f"{path}, tile {name}: {hidden.sum()} pixels are masked or not finite; {WHOLE}")
+        if (share := float(np.mean(tile == 0))) > MAX_SHARE_OF_ZEROS:
+            raise UserError(f"{path}, tile {name}: {100 * share:.1f} % of its pixels are exactly zero; {WHOLE}")
+    n = len(names)
+    keys = np.stack([np.arange(n), np.zeros(n, int), np.zeros(n, int)], axis=1)  # (n, 3)
+    return SingleTiles(kappa, keys, np.full((n, len(PARAM_NAMES)), np.nan), lmax, "", None, names)
+
+
+def _of_shard(path: Path, lmax: int, nside: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    if not path.exists():
+        raise UserError(f"--tiles {path} is not there; give a shard or an .npy file")
+    chunks = list(kappa_of_shard(path, nside, lmax))
+    kappa = empty_kappa(sum(map(len, chunks)), nside)
+    np.concatenate(chunks, out=kappa)
+    columns = [name for name in KEY_NAMES if name in pq.read_schema(path).names]
+    table = pq.read_table(path, columns=columns)
+    rows = (
+        zip(*(table[name].to_pylist() for name in columns), strict=True)
+        if columns
+        else ((i,) for i in range(len(kappa)))
+    )
+    return kappa, tuple("/".join(map(str, row)) for row in rows)
+
+
+def _of_npy(path: Path, lmax: int, nside: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    try:
+        given = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"--tiles {path} is neither a shard (.parquet) nor an .npy file ({reason})") from None
+    shape = getattr(given, "shape", ())
+    if shape[-3:] != (N_BINS, nside, nside) or len(shape) not in (3, 4) or given.dtype.kind != "f":
+        raise UserError(
+            f"--tiles {path} holds {getattr(given, 'dtype', 'no array')} {shape}; the run is for lmax {lmax}, so "
+            f"floats ({N_BINS}, {nside}, {nside}) or (n, {N_BINS}, {nside}, {nside}) are due"
+        )
+    given = given.reshape(-1, N_BINS, nside, nside)  # (n, 4, N, N)
+    kappa = empty_kappa(len(given), nside)
+    kappa[:] = given
+    return kappa, tuple(map(str, range(len(given))))

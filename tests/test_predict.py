@@ -1,0 +1,215 @@
+"""Single tiles answered: the same posterior as stage 2's, samples, and the verdict's false alarms and power."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import getdist
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import SMALL_LMAX
+
+from common.config import CompressorConfig, MockConfig, NoiseLevel, NPEConfig, PredictConfig
+from common.errors import UserError
+from compress.train import train_compressor
+from data.mock.suite import build_suite
+from data.shards import read_tiles
+from npe.likeness import N_BANDS, TESTS, Likeness, Reference, spectra_of
+from npe.predict import predict_tiles
+from npe.train import train_npe
+
+NSIDE = SMALL_LMAX // 2
+
+
+@pytest.fixture(scope="module")
+def run(small_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished stage-2 run, with its stage-1 run and tiles beside it."""
+    home = tmp_path_factory.mktemp("predict")
+    shutil.copytree(small_suite / "tiles", home / "tiles")
+    options = {"lmax": SMALL_LMAX, "noise_level": "noiseless", "backbone": "tiny", "max_epochs": 3, "warmup_steps": 2}
+    result = train_compressor(CompressorConfig(results_dir=str(home), tag="t", **options))
+    train_npe(NPEConfig(ckpt=f"{result['folder']}/best.ckpt", max_epochs=5))
+    return home / "field_npe_runs" / "t"
+
+
+@pytest.fixture
+def fiducial(run: Path) -> np.ndarray:
+    """The twelve fiducial tiles (12, 4, N, N)."""
+    tiles = read_tiles(run.parent.parent / f"tiles/lmax_{SMALL_LMAX}_noiseless", SMALL_LMAX, "noiseless")
+    return np.ascontiguousarray(tiles.kappa[tiles.keys[:, 0] == 109])
+
+
+def predict(run: Path, tiles: Path, **options: Any) -> dict[str, Any]:
+    return predict_tiles(PredictConfig(run=str(run), tiles=str(tiles), **options))
+
+
+def test_a_tile_gets_the_posterior_that_stage_2_gave_it(run: Path, fiducial: np.ndarray, tmp_path: Path) -> None:
+    """As an array, and as the shard that it came from."""
+    stage_2 = json.loads((run / "fom_result.json").read_text())
+    np.save(tmp_path / "mine.npy", fiducial.astype(np.float64))
+    shard = next(
+        path
+        for path in (run.parent.parent / f"tiles/lmax_{SMALL_LMAX}_noiseless").glob("shard_*.parquet")
+        if 109 in pq.read_table(path, columns=["sim_id"])["sim_id"].to_pylist()
+    )
+    of_array = predict(run, tmp_path / "mine.npy")["predictions"]
+    of_shard = [tile for tile in predict(run, shard)["predictions"] if tile["tile"].startswith("109/")]
+    for found in (of_array, of_shard):
+        assert np.allclose([tile["mu"] for tile in found], stage_2["fiducial"]["mu"], rtol=1e-5)
+        assert np.allclose([tile["fom"] for tile in found], stage_2["fom_fiducial_all"], rtol=1e-5)
+    assert [tile["tile"] for tile in of_shard] == [f"109/{o}/{t}" for o in range(3) for t in range(4)]
+    np.save(tmp_path / "one.npy", fiducial[5])
+    (alone,) = predict(run, tmp_path / "one.npy")["predictions"]
+    assert np.allclose(alone["mu"], of_array[5]["mu"], rtol=1e-5)
+
+
+def test_getdist_opens_the_samples_and_finds_the_posterior(run: Path, fiducial: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "mine.npy", fiducial[:2])
+    result = predict(run, tmp_path / "mine.npy", results_dir=str(tmp_path))
+    assert Path(result["folder"]) == tmp_path / "predictions" / "t" / "mine"
+    for i, tile in enumerate(result["predictions"]):
+        chain = getdist.loadMCSamples(f"{result['folder']}/tile_{i:04d}", settings={"ignore_rows": 0})
+        assert [name.name for name in chain.getParamNames().names] == ["Omega_m", "S8"]
+        sigma, cov = np.array(tile["sigma"]), np.array(tile["cov"])
+        assert np.abs((chain.getMeans() - tile["mu"]) / sigma).max() < 4.5 / np.sqrt(10_000)
+        scatter = np.sqrt(np.outer(sigma, sigma) ** 2 + cov**2)
+        assert np.abs((chain.getCovMat().matrix - cov) / scatter).max() < 4.5 / np.sqrt(10_000)
+        assert 1 / np.sqrt(np.linalg.det(cov)) == pytest.approx(tile["fom"], rel=1e-4)
+        density = np.exp(-chain.loglikes).mean()  # <q> = 1 / (4 pi sqrt(det Cov)) for a Gaussian
+        assert density == pytest.approx(tile["fom"] / (4 * np.pi), rel=0.05)
+
+
+# ---------------------------------------------------------------- verdict
+
+LMAX = 128  # 64 x 64 pixels
+LEVELS: tuple[NoiseLevel, ...] = ("des_y3", "noiseless")
+
+
+@pytest.fixture(scope="module")
+def mock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Noisy tiles, their noise alone and their cosmologies, two suites of 60 simulations, the second fresh."""
+    results = tmp_path_factory.mktemp("mock")
+    found = {}
+    for fresh in (False, True):
+        suite = {"results_dir": str(results), "lmax": LMAX, "n_sims": 60, "fresh": fresh}
+        folders = {level: build_suite(MockConfig(noise_level=level, **suite))["folder"] for level in LEVELS}
+        noisy, clean = (read_tiles(Path(folder), LMAX, level) for level, folder in folders.items())
+        found["fresh" if fresh else "suite"] = (noisy.kappa, noisy.kappa - clean.kappa, noisy.theta, noisy.keys[:, 0])
+    return found
+
+
+def looks(kappa: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return spectra_of(torch.from_numpy(np.ascontiguousarray(kappa / scale)), LMAX).double().numpy()
+
+
+def stripes(kappa: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    wave = np.sqrt(2) * np.sin(2 * np.pi * np.arange(kappa.shape[-1]) / 8).astype(np.float32)
+    return kappa + 0.5 * scale * wave  # of half a standard deviation, along one direction
+
+
+def test_ordinary_tiles_pass_and_odd_ones_are_caught(mock: dict[str, Any]) -> None:
+    """The truth with the scatter of a posterior stands for the summary, so that this is about the verdict alone."""
+    rng = np.random.default_rng(0)
+
+    def estimate(theta: np.ndarray) -> np.ndarray:
+        return (theta - [0.3, 0.75]) / [0.07, 0.12] + 0.4 * rng.standard_normal(theta.shape)
+
+    kappa, _, theta, sim_id = mock["suite"]
+    scale = kappa.std(axis=(0, 2, 3), keepdims=True)
+    likeness = Likeness(Reference(estimate(theta), looks(kappa, scale), theta, sim_id))
+    kappa, noise, theta, _ = mock["fresh"]
+    summary = estimate(theta)
+
+    def share_warned(tiles: np.ndarray, where: np.ndarray = summary) -> float:
+        return float(np.mean(likeness.judge(where, looks(tiles, scale))["all"] < 0.01))
+
+    assert share_warned(kappa) < 0.03  # 1 % of 720, and what 60 cosmologies scatter
+    assert share_warned(kappa + 0.2 * noise) > 0.5
+    assert share_warned(stripes(kappa, scale)) > 0.5
+    assert share_warned(kappa, summary + 5) > 0.9  # a summary that none of them has
+    for test in ("summary", *TESTS):
+        tail = likeness.judge(summary, looks(kappa, scale))[test]
+        assert 0.35 < tail.mean() < 0.65, test  # 0.5 if they are drawn from the same distribution
+
+
+def test_spectra_of_white_noise_are_its_variance_and_blind_to_symmetries() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.randn(400, 4, 32, 32, generator=generator) * torch.tensor([1.0, 2.0, 0.5, 1.0])[:, None, None]
+    tiles[:, 3] = (tiles[:, 3] + tiles[:, 0]) / np.sqrt(2)
+    found = spectra_of(tiles, 64)
+    power = found[:, : 4 * (N_BANDS + 1)].exp().mean(dim=0).reshape(4, N_BANDS + 1)
+    assert torch.allclose(power, torch.tensor([1.0, 4.0, 0.25, 1.0])[:, None].expand(4, N_BANDS + 1), rtol=0.08)
+    correlation = found[:, 4 * (N_BANDS + 1) :].tanh().mean(dim=0).reshape(6, N_BANDS)
+    expected = torch.tensor([0, 0, np.sqrt(0.5), 0, 0, 0]).float()  # pairs 01, 02, 03, 12, 13, 23
+    assert (correlation - expected[:, None]).abs().max() < 0.06
+    for turned in (tiles.rot90(1, (2, 3)).roll(1, 2), tiles.flip(3).roll(1, 3)):  # Hann begins at its zero
+        assert torch.allclose(spectra_of(turned, 64), found, atol=1e-3)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def save(path: Path, content: np.ndarray) -> Path:
+    np.save(path, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda k: np.where(np.arange(NSIDE) < 3, np.nan, k), "tile 0: .* pixels are masked or not finite"),
+        (lambda k: np.where(np.arange(NSIDE) < 3, -1.6375e30, k), "are masked or not finite"),
+        (lambda k: np.where(np.arange(NSIDE) < 3, 0, k), "18.8 % of its pixels are exactly zero"),
+        (lambda k: k[:, :3], r"floats \(4, 16, 16\) or \(n, 4, 16, 16\) are due"),
+        (lambda k: k[..., :8], "are due"),
+        (lambda k: k.astype(complex), "are due"),
+        (lambda k: np.array([None]), "neither a shard"),
+    ],
+)
+def test_tiles_that_are_not_whole_are_refused(
+    change: Callable[[np.ndarray], np.ndarray], message: str, run: Path, fiducial: np.ndarray, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        predict(run, save(tmp_path / "x.npy", change(fiducial)), results_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_touched_is_refused_and_one_that_was_moved_is_not(
+    run: Path, fiducial: np.ndarray, tmp_path: Path
+) -> None:
+    tile = save(tmp_path / "x.npy", fiducial[0])
+    shutil.copytree(run.parent.parent, tmp_path / "home")
+    moved = tmp_path / "home" / "field_npe_runs" / "t"
+    before = predict(run, tile)["predictions"]
+    assert predict(moved, tile)["predictions"] == before
+    shutil.move(tmp_path / "home/field_compressor_runs/t/best.ckpt", tmp_path / "elsewhere")
+    assert predict(moved, tile)["predictions"] == before  # where stage 2 found it
+    reference = moved / "reference.npz"
+    content = bytearray(reference.read_bytes())
+    content[len(content) // 2] ^= 1
+    reference.write_bytes(content)
+    with pytest.raises(UserError, match=r"reference.npz is missing or not what stage 2 wrote"):
+        predict(moved, tile)
+    (moved / "fom_result.json").unlink()
+    with pytest.raises(UserError, match=r"fom_result.json is missing"):
+        predict(moved, tile)
+
+
+def test_the_command_warns_of_an_odd_tile(
+    run: Path, fiducial: np.ndarray, tmp_path: Path, run_command: Callable
+) -> None:
+    odd = fiducial[:2].copy()
+    odd[1] *= 3
+    tile = save(tmp_path / "x.npy", odd)
+    code, out, err = run_command("run_predict.py", "--run", run, "--tiles", tile, "--n-samples", 100)
+    assert code == 0
+    assert "warning: tile 1 is unlike the training tiles" in err
+    assert "tile 0: Omega_m" in out
+    assert "warning: tile 0" not in err
+    assert (run / "predictions/x/predictions.png").stat().st_size > 5000
