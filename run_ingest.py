@@ -28,7 +28,7 @@ def report(result: dict[str, Any]) -> None:
     """What the user waited for."""
     print(f"{result['n_sims']} simulations, {result['n_tiles']} tiles in each folder, {result['elapsed_s']:.0f} s")
     for folder in result["folders"]:
-        print(f"tiles     {folder}")
+        print(f"tiles     {folder}\npicture   {folder}/suite.png")
     if result["left_out"]:
         print(f"left out  {len(result['left_out'])} simulations; reasons in {result['folders'][0]}/ingest.json")
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.artifacts import claimed, tiles_folder, write_json
-from common.config import IngestConfig
+from common.config import FIDUCIAL_SIM_ID, IngestConfig
 from common.errors import UserError, warn
 from common.machine import free_memory, usable_cores
 from common.progress import Progress
@@ -24,7 +24,8 @@ from common.workers import worker_pool
 from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
 from data.ingest.simulation import Job, Outcome, ingest, shard_path
-from data.schema import N_BINS, TILES_PER_SIM
+from data.pictures import draw_suite
+from data.schema import N_BINS, THETA_COLUMNS, TILES_PER_SIM, nside_of
 from data.shards import ORIENTATIONS_KEY
 from data.sky import ORIENTATIONS
 from data.suite_folder import end_restart, finished_shards
@@ -173,7 +174,7 @@ def collected(outcomes: Iterable[Outcome], strict: bool, n_jobs: int) -> list[Ou
 
 
 def summarise(jobs: list[Job], outcomes: list[Outcome], elapsed_s: float) -> dict[str, Any]:
-    """Write ingest.json beside the shards; to be called when all jobs are done.
+    """Write ingest.json and suite.png beside the shards; to be called when all jobs are done.
 
     Args:
         jobs: all.
@@ -194,7 +195,13 @@ def summarise(jobs: list[Job], outcomes: list[Outcome], elapsed_s: float) -> dic
         "incomplete": {str(o.sim_id): list(o.incomplete) for o in outcomes if o.incomplete},
         "elapsed_s": round(elapsed_s, 1),
     }
-    for folder in folders:
+    params = {shard_path("", job.sim_id).name: job.params for job in jobs}
+    for (lmax, _), folder in zip(jobs[0].shards, folders, strict=True):
+        if shards := sorted(path for path in folder.glob("shard_*.parquet") if path.name in params):
+            theta = np.array([params[path.name] for path in shards])[:, THETA_COLUMNS]  # (n_sims, 2)
+            fiducial = params.get(shard_path("", FIDUCIAL_SIM_ID).name)
+            star = None if fiducial is None else fiducial[THETA_COLUMNS]
+            draw_suite(shards[0], nside_of(lmax), theta, star, folder / "suite.png")
         write_json(folder / SUMMARY_NAME, result)
         end_restart(folder)
     return result

@@ -18,12 +18,12 @@ from common.config import MockConfig
 from common.machine import usable_cores
 from common.progress import Progress
 from common.workers import in_order, worker_pool
-from data.mock.cosmology import design, params_of
+from data.mock.cosmology import FIDUCIAL, design, params_of
 from data.mock.fields import band_of, signal_alm
 from data.mock.flat import flat_tiles
-from data.mock.pictures import draw_suite
 from data.mock.theory import theory_cl
-from data.schema import SIMS_PER_SHARD, TILES_PER_SIM, nside_of, tile_keys
+from data.pictures import draw_suite
+from data.schema import SIMS_PER_SHARD, THETA_COLUMNS, THETA_NAMES, TILES_PER_SIM, nside_of, tile_keys
 from data.shards import METADATA_KEY, ORIENTATIONS_KEY, open_shard
 from data.sky import ORIENTATIONS
 from data.sphere.harmonics import noise_alm
@@ -134,7 +134,8 @@ def _write_shards(
         if closing is not None:
             closing.result()
             on_checkpoint()
-    draw_suite(_shard_path(folder, 0), nside, cosmologies, folder / "suite.png")
+    fiducial = np.array([FIDUCIAL[name] for name in THETA_NAMES])
+    draw_suite(_shard_path(folder, 0), nside, params[:, THETA_COLUMNS], fiducial, folder / "suite.png")
     end_restart(folder)
     on_checkpoint()
 
