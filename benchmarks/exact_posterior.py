@@ -56,9 +56,9 @@ WORST = 0.05  # of the tiles; those at the edges of the prior, which cut their p
 SEED = 20250722  # of these tiles, far from the suite's
 N_DRAWS_LOG2 = 17  # importance draws where all parameters vary
 CPU = torch.device("cpu")
-# Options of stage 1, and whether it gets the noiseless tiles. "default" is the recipe of the README, "best" the best
-# that was found; every other differs from that in one thing. {epochs} and {decay} make as many steps, and as many
-# decays, of any number of simulations.
+# Options of stage 1, and whether it gets the noiseless tiles. "default" is the recipe of the README, "half" that of
+# benchmarks/recipes.py with half its passes, "best" the best that was found; every other differs from the best in one
+# thing. {epochs} and {decay} make as many steps, and as many decays, of any number of simulations.
 TINY = "--backbone tiny --warmup-steps 200"
 POWER = "--backbone power --warmup-steps 200"
 LONG = "--max-epochs {epochs} --decay-epochs {decay} --decay-factor 0.75 --ema-decay 0.998"
@@ -66,6 +66,11 @@ EPOCHS, DECAY = 64, 4  # of LONG, for N_SIMS
 N_SIMS = 791
 RECIPES = {
     "default": (f"{TINY} --max-epochs 40 --decay-epochs 2 --decay-factor 0.8", False),
+    "half": (
+        "--backbone tiny --max-epochs 20 --warmup-steps 100 --decay-epochs 5 --decay-factor 0.6 --ema-decay 0.99 "
+        "--norm-tiles 1024",
+        False,
+    ),
     "best": (f"{POWER} {LONG}", True),
     "own-noise": (f"{POWER} {LONG}", False),
     "tiny": (f"{TINY} {LONG}", True),

@@ -29,7 +29,7 @@ def draw_suite(shard: Path, nside: int, theta: np.ndarray, fiducial: np.ndarray 
         for number, (axes, tile) in enumerate(zip(maps, kappa, strict=True), start=1):
             shown = axes.imshow(tile, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none")
             axes.set(xticks=[], yticks=[], title=f"bin {number}")
-        drawn.colorbar(shown, ax=maps, label=r"$\kappa$ with noise", shrink=0.85, pad=0.01)
+        drawn.colorbar(shown, ax=maps, label=r"$\kappa$", shrink=0.85, pad=0.01)
         plane.plot(*theta.T, ".", color=BLUE, ms=3, label=f"{len(theta)} simulations")
         if fiducial is not None:
             plane.plot(*fiducial, "*", color=ORANGE, ms=12, mec="white", label="fiducial")

@@ -132,7 +132,9 @@ def draw_predictions(posterior: Posterior, ordinary: np.ndarray, theta: np.ndarr
         for like, colour, label in ((True, BLUE, "ordinary"), (False, ORANGE, "unlike the training tiles")):
             some = np.flatnonzero(ordinary == like)
             for i in some[:MOST_ELLIPSES]:
-                axes.add_patch(_ellipse(posterior.mu[i], posterior.cov[i], RADIUS_68, edgecolor=colour, lw=1))
+                axes.add_patch(
+                    _ellipse(posterior.mu[i], posterior.cov[i], RADIUS_68, facecolor="none", edgecolor=colour, lw=1)
+                )
             if len(some):
                 more = f", {MOST_ELLIPSES} of them drawn" if len(some) > MOST_ELLIPSES else ""
                 axes.plot(*posterior.mu[some[:MOST_ELLIPSES]].T, ".", color=colour, label=f"{len(some)} {label}{more}")

@@ -54,6 +54,8 @@ def predict_tiles(config: PredictConfig, on_checkpoint: Callable[[], None] = lam
     lmax = trained.config.lmax
     tiles = read_single_tiles(Path(config.tiles), lmax, nside_of(lmax, trained.config.nside))
     reference = load_reference(run / REFERENCE_NAME, stage_2["reference_sha256"])
+    if len(reference.summary) + 1 < 1 / WARN_BELOW:
+        warn(f"{run} learnt from {len(reference.summary)} tiles, too few to tell whether a tile is unlike them")
 
     source = whole_dataset(tiles, norm_stats, device, trained.model.dtype)
     dataset = CompressedTileDataset(source, trained.model, stage_2["config"]["n_views"])

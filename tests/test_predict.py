@@ -138,6 +138,18 @@ def test_ordinary_tiles_pass_and_odd_ones_are_caught(mock: dict[str, Any]) -> No
         assert 0.35 < tail.mean() < 0.65, test  # 0.5 if they are drawn from the same distribution
 
 
+def test_few_training_tiles_make_no_false_alarms() -> None:
+    """A covariance fitted to 300 tiles finds those very tiles nearer than any others: they must be held out."""
+    rng = np.random.default_rng(0)
+    summary, spectra = rng.standard_normal((1300, 2)), rng.standard_normal((1300, 54))
+    some, others = slice(0, 300), slice(300, None)
+    likeness = Likeness(Reference(summary[some], spectra[some], summary[some], np.arange(300)))
+    tail = likeness.judge(summary[others], spectra[others])
+    for test in ("all", *TESTS):
+        assert 0.4 < tail[test].mean() < 0.6, test
+    assert np.mean(tail["all"] < 0.01) < 0.025
+
+
 def test_spectra_of_white_noise_are_its_variance_and_blind_to_symmetries() -> None:
     generator = torch.Generator().manual_seed(0)
     tiles = torch.randn(400, 4, 32, 32, generator=generator) * torch.tensor([1.0, 2.0, 0.5, 1.0])[:, None, None]

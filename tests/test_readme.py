@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from common.config import CheckConfig, CompressorConfig, MockConfig, NPEConfig, SweepConfig
+from common.config import (
+    CheckConfig,
+    CompressorConfig,
+    FetchConfig,
+    IngestConfig,
+    MockConfig,
+    NPEConfig,
+    PredictConfig,
+    SweepConfig,
+)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Appended to each command: the last value of an option counts.
@@ -28,6 +37,9 @@ CONFIGS = {
     "run_compressor.py": CompressorConfig,
     "run_npe.py": NPEConfig,
     "run_sweep.py": SweepConfig,
+    "run_ingest.py": IngestConfig,
+    "run_predict.py": PredictConfig,
+    "run_fetch.py": FetchConfig,
 }
 
 

@@ -7,14 +7,16 @@ those run.NNNNN.incomplete.npy, which says that the box did not reach all around
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from data.schema import N_BINS, PARAM_NAMES
 Z_VALUES = "z_values.txt"
 SHELL = re.compile(r"run\.(\d+)\.(lightcone|incomplete)\.npy")
 CHUNK = 1 << 20  # pixels at a time
+MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 MAX_LOST_SHARE = 0.01  # of a bin's lensing weight in shells that are not there
 IRRELEVANT_SHARE = 1e-6  # of it, below which a shell may be missing
 DENSITY_TOLERANCE = 0.1  # relative, of a shell's mean density against the others'
@@ -201,11 +204,24 @@ def _files(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
                 with open(path, "rb") as file:
                     yield path.name, file
         return
-    with tarfile.open(source, "r|*") as archive:  # a stream: nothing is unpacked, nothing is read twice
-        for member in archive:
-            opened = archive.extractfile(member)
-            if opened is not None:
-                yield PurePosixPath(member.name).name, opened
+    with _decompressed(source) as stream:
+        with tarfile.open(fileobj=stream, mode="r|") as archive:  # nothing is unpacked, nothing is read twice
+            for member in archive:
+                opened = archive.extractfile(member)
+                if opened is not None:
+                    yield PurePosixPath(member.name).name, opened
+        while stream.read(CHUNK):  # to the end, where the checksum stands
+            pass
+
+
+def _decompressed(source: Path) -> IO[bytes]:
+    """A file opened through what undoes its compression, if it has one."""
+    with open(source, "rb") as file:
+        start = file.read(max(map(len, MAGIC)))
+    for magic, opener in MAGIC.items():
+        if start.startswith(magic):
+            return cast(IO[bytes], opener(source))
+    return open(source, "rb")
 
 
 def read_counts(file: IO[bytes], name: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from data.ingest.lightcone import BadSimulationError, project_lightcone
 from data.ingest.maps import read_kappa_maps
 from data.schema import TILES_PER_SIM, noise_cl, nside_of, tile_keys
 from data.shards import INGEST_KEY, open_shard
-from data.sphere.harmonics import nested_white_alm
+from data.sphere.harmonics import white_alm
 from data.sphere.pixel_window import pixel_window
 from data.sphere.tiles import tiles_of_alm
 
@@ -125,7 +125,7 @@ def _write_shards(job: Job, alm: np.ndarray, top: int) -> None:
     Args:
         alm: (4, n_alm) of the signal, up to ell = top.
     """
-    white = nested_white_alm(top, [job.seed, job.sim_id])
+    white = white_alm(top, np.random.default_rng([job.seed, job.sim_id]))
     keys = tile_keys(job.sim_id)
     for lmax in sorted({lmax for lmax, _ in job.shards}):
         nside = nside_of(lmax)

@@ -5,8 +5,6 @@ alm arrays are complex128 (..., n_alm) in healpy's order: m = 0 for ell = 0..lma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from data.schema import N_BINS, noise_cl
@@ -22,19 +20,6 @@ def white_alm(lmax: int, rng: np.random.Generator) -> np.ndarray:
     white = rng.standard_normal((N_BINS, len(ell_of_alm(lmax)), 2)) @ [1, 1j] / np.sqrt(2)  # (4, n_alm), <|a|^2> = 1
     white[:, : lmax + 1] = white[:, : lmax + 1].real * np.sqrt(2)  # m = 0 is real
     return white
-
-
-def nested_white_alm(lmax: int, seed: Sequence[int]) -> np.ndarray:
-    """Like white_alm, and with the same seed a smaller lmax gives the same sky with its higher multipoles cut off."""
-    ell = ell_of_alm(lmax)
-    m = np.concatenate([np.full(lmax + 1 - m, m) for m in range(lmax + 1)])
-    place = ell * (ell + 1) // 2 + m  # of every coefficient in an order that goes by ell, (n_alm,)
-    alm = np.empty((N_BINS, len(ell)), dtype=np.complex128)
-    for number, of_bin in enumerate(alm):
-        pairs = np.random.default_rng([*seed, number]).standard_normal((len(ell), 2))  # (n_alm, 2)
-        of_bin[:] = (pairs @ [1, 1j] / np.sqrt(2))[place]
-    alm[:, : lmax + 1] = alm[:, : lmax + 1].real * np.sqrt(2)  # m = 0 is real
-    return alm
 
 
 def gaussian_alm(root: np.ndarray, rng: np.random.Generator) -> np.ndarray:
