@@ -27,10 +27,13 @@ def main() -> None:
 def report(result: dict[str, Any]) -> None:
     """What the user waited for."""
     print(f"{result['n_sims']} simulations, {result['n_tiles']} tiles in each folder, {result['elapsed_s']:.0f} s")
+    summary = f"{result['folders'][0]}/ingest.json"
+    if not result["n_sims"]:
+        raise UserError(f"no simulation could be used; the reasons are above and in {summary}")
     for folder in result["folders"]:
         print(f"tiles     {folder}\npicture   {folder}/suite.png")
     if result["left_out"]:
-        print(f"left out  {len(result['left_out'])} simulations; reasons in {result['folders'][0]}/ingest.json")
+        print(f"left out  {len(result['left_out'])} simulations; reasons in {summary}")
 
 
 if remote.modal is not None:

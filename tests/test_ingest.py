@@ -614,6 +614,14 @@ def test_lightcones_go_to_a_figure_of_merit_in_three_commands(
     assert "12 patches of sky" in out
 
 
+def test_a_command_that_could_use_nothing_fails(suite: Path, tmp_path: Path, run_command: Callable) -> None:
+    options = ["--lightcones", suite / "sims", "--params", suite / "params.csv", "--nz", suite / "nz.txt"]
+    code, _, err = run_command("run_ingest.py", *options, "--lmax", 100, "--results-dir", tmp_path, "--workers", 1)
+    assert code == 2
+    assert err.count("is left out: ") == 6
+    assert "no simulation could be used" in err.splitlines()[-1]
+
+
 @pytest.mark.modal
 def test_containers_give_the_tiles_that_this_machine_gives(
     server: tuple[str, type[Server]], suite: Path, noiseless: Path, tmp_path: Path
