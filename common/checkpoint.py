@@ -27,7 +27,7 @@ def save_checkpoint(path: Path, kind: str, content: dict[str, Any]) -> None:
     whole = io.BytesIO()  # torch's own writer does not say what went wrong with a file
     torch.save(content | {"sha256": _sha256(content)}, whole)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(whole.getbuffer())
+        temporary.write_bytes(whole.getvalue())  # a view of it in a traceback crashes Python 3.12.1 as it ends
 
 
 def load_checkpoint(path: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:
