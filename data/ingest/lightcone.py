@@ -62,14 +62,14 @@ def project_lightcone(source: Path, params: np.ndarray, z: np.ndarray, nz: np.nd
     projection = _Projection(source, params, z, nz)
     try:
         if source.is_dir():
-            projection.learn(_files(source), whole=True)
+            projection.learn(_files(source))
             projection.add_all(_files(source))
         else:
             try:
                 projection.add_all(_files(source))
             except _TooLate:
                 projection = _Projection(source, params, z, nz)
-                projection.learn(_files(source), whole=True)
+                projection.learn(_files(source))
                 projection.add_all(_files(source))
         return projection.finish()
     except BadSimulationError:
@@ -93,11 +93,11 @@ class _Projection:
         self.kappa = np.empty((N_BINS, 0), dtype=np.float32)
         self.knows_all = False
 
-    def learn(self, files: Iterator[tuple[str, IO[bytes]]], whole: bool = False) -> None:
-        """Take what the files say beside the shells."""
+    def learn(self, files: Iterator[tuple[str, IO[bytes]]]) -> None:
+        """Take what all the files say beside the shells, before any shell is added."""
         for name, file in files:
             self._notice(name, file)
-        self.knows_all = whole
+        self.knows_all = True
 
     def _notice(self, name: str, file: IO[bytes]) -> int | None:
         """Take what a file says, if it is not a shell's counts; else the shell's step."""
