@@ -51,7 +51,8 @@ if remote.modal is not None:
         """One simulation: downloaded to the container's own disk, its tiles onto the Volume."""
         from data.ingest.simulation import ingest
 
-        return remote.on_volume(lambda: {"outcome": ingest(job)})
+        here = replace(job, downloads=remote.LOCAL_DISK)
+        return remote.on_volume(lambda: {"outcome": ingest(here)})
 
     @app.function(**remote.INGEST_FUNCTION)
     def summary_in_container(jobs: list[Any], outcomes: list[Any], elapsed_s: float) -> dict[str, Any]:

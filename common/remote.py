@@ -21,6 +21,7 @@ except ModuleNotFoundError:
     modal = None  # type: ignore[assignment]
 
 RESULTS = "/results"
+LOCAL_DISK = "/tmp/downloads"  # of a container
 VOLUME_NAME = "kappa-fom-results"
 GPUS = ["H100", "A100-80GB"]  # in this order, whichever is free first
 TIMEOUT_S = 24 * 60 * 60  # per attempt, the longest that Modal allows

@@ -38,7 +38,9 @@ def worker_pool(n_workers: int) -> Iterator[ProcessPoolExecutor]:
                     "a worker process died, most likely for want of memory; give fewer as --workers, what is finished "
                     "is kept"
                 ) from None
-            except BaseException:
+            except BaseException:  # a job may take minutes, and nothing that it leaves is half written
+                for process in list(pool._processes.values()):
+                    process.kill()
                 pool.shutdown(cancel_futures=True)
                 raise
     finally:

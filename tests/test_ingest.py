@@ -8,8 +8,12 @@ import os
 import pickle
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +25,7 @@ import healpy
 import numpy as np
 import pytest
 from astropy.io import fits
-from conftest import SHARED_DATA
+from conftest import ROOT, SHARED_DATA
 from fake_lightcones import PARTICLES_PER_VOLUME, lensing_cl, shells_of, write_lightcone, write_nz, write_parameters
 
 from common.artifacts import CannotWriteError
@@ -553,6 +557,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
             return
         first = int(self.headers["Range"].split("=")[1].rstrip("-")) if "Range" in self.headers else 0
+        if first >= len(content):
+            self.send_error(416)
+            return
         self.send_response(206 if first else 200)
         self.send_header("Content-Length", str(len(content) - first))
         self.end_headers()
@@ -582,7 +589,21 @@ def test_simulations_are_downloaded_and_go_on_when_the_server_hangs_up(
     result = run_ingest(config_of(suite, tmp_path, lightcones=f"{url}/lightcones", sims="2,109"))
     assert "404" in result["left_out"]["2"]
     assert np.array_equal(tiles_in(tmp_path), tiles_in(noiseless)[-12:])
+    assert not list((tmp_path / "downloads").iterdir())
 
+    whole = serving.files["/lightcones/sim00109.tar.gz"]
+    for share in (0.5, 1.0):  # of an archive that was downloaded before the command was killed
+        (tmp_path / "downloads" / "sim00109.tar.gz").write_bytes(whole[: int(share * len(whole))])
+        serving.requests.clear()
+        run_ingest(config_of(suite, tmp_path, lightcones=f"{url}/lightcones", sims="109", restart=True))
+        assert serving.requests == [f"bytes={int(share * len(whole))}-"]
+        assert np.array_equal(tiles_in(tmp_path), tiles_in(noiseless)[-12:])
+    serving.files["/lightcones/sim00109.tar.gz"] = whole[:1000]
+    damaged = config_of(suite, tmp_path, lightcones=f"{url}/lightcones", sims="109", restart=True)
+    assert f"{url}/lightcones/sim00109.tar.gz is truncated" in run_ingest(damaged)["left_out"]["109"]
+    assert not list((tmp_path / "downloads").iterdir())
+
+    serving.files["/lightcones/sim00109.tar.gz"] = whole
     serving.requests.clear()
     serving.most = len(serving.files["/lightcones/sim00109.tar.gz"]) // 3 + 1
     download(f"{url}/lightcones/sim00109.tar.gz", tmp_path / "again")
@@ -612,6 +633,35 @@ def test_lightcones_go_to_a_figure_of_merit_in_three_commands(
     )
     assert code == 0
     assert "12 patches of sky" in out
+
+
+def test_an_ingest_that_is_stopped_says_so_at_once_and_goes_on(suite: Path, noiseless: Path, tmp_path: Path) -> None:
+    """While its workers are in the midst of a simulation."""
+    given = {"lightcones": suite / "sims", "params": suite / "params.csv", "nz": suite / "nz.txt", "lmax": SMALL_LMAX}
+    given |= {"noise-level": "noiseless", "results-dir": tmp_path, "workers": 2}
+    command = [sys.executable, "run_ingest.py", *(str(word) for name, v in given.items() for word in (f"--{name}", v))]
+    held = tmp_path / "sitecustomize.py"  # every worker waits in its second simulation
+    held.write_text(
+        "import data.ingest.simulation as s, time\nbefore, calls = s.alm_of_kappa, []\n"
+        "def wait(*a, **k):\n    calls.append(1)\n    time.sleep(600 * (len(calls) > 1))\n    return before(*a, **k)\n"
+        "s.alm_of_kappa = wait\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    running = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / f"tiles/lmax_{SMALL_LMAX}_noiseless"
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("shard_*.parquet"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 143
+    assert "the same command goes on from there" in err.splitlines()[-1]
+    held.unlink()
+    assert len(list(folder.glob("shard_*.parquet"))) == 2
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert np.array_equal(tiles_in(tmp_path), tiles_in(noiseless))
 
 
 def test_a_command_that_could_use_nothing_fails(suite: Path, tmp_path: Path, run_command: Callable) -> None:

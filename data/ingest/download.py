@@ -10,13 +10,14 @@ from pathlib import Path
 from data.ingest.lightcone import BadSimulationError
 
 ATTEMPTS = 5
+NOTHING_MORE = 416  # the HTTP status where the range that was asked for lies behind the end
 SECONDS_BEFORE_RETRY = 2.0  # doubled every time
 TIMEOUT_S = 60.0
 BLOCK = 1 << 20  # bytes at a time
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch a URL into a file, as a whole.
+    """Fetch a URL into a file; what is there already is its beginning.
 
     Raises:
         BadSimulationError: the server does not have it, or breaks off again and again.
@@ -27,6 +28,8 @@ def download(url: str, path: Path) -> None:
                 return
             reason = "the connection ended early"
         except urllib.error.HTTPError as error:
+            if error.code == NOTHING_MORE and path.exists():
+                return
             if error.code < 500:
                 raise BadSimulationError(f"{url}: the server says {error.code} {error.reason}") from None
             reason = f"the server says {error.code}"

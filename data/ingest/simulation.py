@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ class Job:
         z, nz: as from read_nz; empty for maps.
         shards: for every (lmax, noise level) the folder of its shards, and the JSON text that each carries.
         geometry, ordering, pixel_window, seed: as in IngestConfig.
+        downloads: folder on a disk with room for an archive.
     """
 
     sim_id: int
@@ -52,6 +52,7 @@ class Job:
     ordering: Ordering
     pixel_window: PixelWindow
     seed: int
+    downloads: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def ingest(job: Job) -> Outcome:
     if not shards:
         return Outcome(job.sim_id)
     try:
-        with _at_hand(job.source) as source:
+        with _at_hand(job) as source:
             if job.kind == "lightcones":
                 kappa, incomplete = project_lightcone(source, job.params, job.z, job.nz)
             else:
@@ -141,15 +142,20 @@ def _write_shards(job: Job, alm: np.ndarray, top: int) -> None:
 
 
 @contextmanager
-def _at_hand(source: str) -> Iterator[Path]:
-    """The source as a file or folder here; what is downloaded for it is deleted afterwards."""
-    if "://" not in source:
-        path = Path(source)
+def _at_hand(job: Job) -> Iterator[Path]:
+    """The source as a file or folder here. What is downloaded for it is deleted once it was read, or proved damaged."""
+    if "://" not in job.source:
+        path = Path(job.source)
         if not path.exists():
-            raise BadSimulationError(f"{source} is not there")
+            raise BadSimulationError(f"{path} is not there")
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="lightcone_") as folder:
-        path = Path(folder, source.rsplit("/", 1)[1])
-        download(source, path)
+    path = Path(job.downloads, job.source.rsplit("/", 1)[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    download(job.source, path)
+    try:
         yield path
+    except BadSimulationError as error:
+        path.unlink()
+        raise BadSimulationError(str(error).replace(str(path), job.source)) from None
+    path.unlink()

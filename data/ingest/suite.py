@@ -33,6 +33,7 @@ from data.suite_folder import end_restart, finished_shards
 SIM_NAME = re.compile(r"sim_?0*(\d+)", re.IGNORECASE)  # sim00042, sim00042.tar.gz, kappa_sim42.fits
 ARCHIVE_NAME = "sim{:05d}.tar.gz"  # as the Gower Street site serves them
 SUMMARY_NAME = "ingest.json"
+DOWNLOADS = "downloads"  # below --results-dir; an archive lies there until it was read
 # What a worker takes at nside 2048: four maps and a shell in float32, and the transform of one in double precision.
 WORKER_MEMORY = 3 * 1024**3
 
@@ -62,6 +63,7 @@ def plan(config: IngestConfig) -> list[Job]:
             config.ordering,
             config.pixel_window,
             config.seed,
+            str(Path(config.results_dir, DOWNLOADS)),
         )
         for sim_id, source in find_sources(config, parameters).items()
     ]
