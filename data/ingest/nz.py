@@ -13,7 +13,7 @@ from data.schema import N_BINS
 FITS_EXTENSION = "NZ_SOURCE"  # of a 2-point FITS file, such as that of the DES Y3 data release
 FITS_Z = "Z_MID"
 FITS_MAGIC = b"SIMPLE  ="
-N_GRID = 4001  # redshifts that n(z) is laid out on
+N_GRID = 1001  # redshifts that n(z) is laid out on
 
 
 def read_nz(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -52,18 +52,18 @@ def plan(config: IngestConfig) -> list[Job]:
     }
     return [
         Job(
-            sim_id,
-            parameters[sim_id],
-            source,
-            config.kind,
-            z,
-            nz,
-            shards,
-            config.geometry,
-            config.ordering,
-            config.pixel_window,
-            config.seed,
-            str(Path(config.results_dir, DOWNLOADS)),
+            sim_id=sim_id,
+            params=parameters[sim_id],
+            source=source,
+            kind=config.kind,
+            z=z,
+            nz=nz,
+            shards=shards,
+            geometry=config.geometry,
+            ordering=config.ordering,
+            pixel_window=config.pixel_window,
+            seed=config.seed,
+            downloads=str(Path(config.results_dir, DOWNLOADS)),
         )
         for sim_id, source in find_sources(config, parameters).items()
     ]
