@@ -487,6 +487,7 @@ def test_nz_from_fits_and_from_text_agree(tmp_path: Path) -> None:
         ("0 1 1 1 1\n9 1 1 1 1\n", "beyond z ="),
     ],
 )
+@pytest.mark.filterwarnings("ignore::astropy.io.fits.verify.VerifyWarning")  # of what is no FITS file
 def test_a_senseless_nz_is_refused(text: str, message: str, suite: Path, tmp_path: Path) -> None:
     (tmp_path / "nz.txt").write_text(text)
     with pytest.raises(UserError, match=message):
