@@ -17,7 +17,9 @@ def ell_of_alm(lmax: int) -> np.ndarray:
 
 def white_alm(lmax: int, rng: np.random.Generator) -> np.ndarray:
     """Coefficients (4, n_alm) of independent Gaussian skies with C_ell = 1 from ell = 0 on."""
-    white = rng.standard_normal((N_BINS, len(ell_of_alm(lmax)), 2)) @ [1, 1j] / np.sqrt(2)  # (4, n_alm), <|a|^2> = 1
+    draws = rng.standard_normal((N_BINS, len(ell_of_alm(lmax)), 2))
+    white = draws.view(np.complex128)[..., 0]  # (4, n_alm)
+    white /= np.sqrt(2)  # <|a|^2> = 1
     white[:, : lmax + 1] = white[:, : lmax + 1].real * np.sqrt(2)  # m = 0 is real
     return white
 
@@ -33,13 +35,7 @@ def gaussian_alm(root: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         alm (4, n_alm).
     """
     lmax = len(root) - 1
-    ell = ell_of_alm(lmax)
-    white = white_alm(lmax, rng)
-    alm = np.zeros_like(white)
-    for i in range(N_BINS):
-        for j in range(N_BINS):
-            alm[i] += root[ell, i, j] * white[j]
-    return alm
+    return np.einsum("aij,ja->ia", root[ell_of_alm(lmax)], white_alm(lmax, rng))  # a: coefficient
 
 
 def noise_alm(noise_level: str, lmax: int, rng: np.random.Generator) -> np.ndarray:
