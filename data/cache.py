@@ -41,10 +41,10 @@ def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: i
 
     The tiles' moments come with it.
 
-    Mapped pixels take no memory but what the system has to spare, so any number of tiles can be opened. Writing to
-    them changes this process's copy alone. A shard counts as unchanged if its size, inode and times are those of when
-    the cache was made, or else if its content is. Where the cache cannot be written (no space, no permission) there is
-    a warning, and kappa is in memory.
+    Mapped pixels are read-only and take no memory but what the system has to spare, so any number of tiles can be
+    opened. A shard counts as unchanged if its size, inode and times are those of when the cache was made, or else if
+    its content is. Where the cache cannot be written (no space, no permission) there is a warning, and kappa is in
+    memory.
 
     Raises:
         UserError: as read_tiles; or a shard has changed since the cache was made; or the cache cannot be written and
@@ -69,7 +69,7 @@ def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: i
                 shards = {path.name: {"identity": identity, "sha256": sha256} for path, identity, sha256 in identities}
                 made_of = wanted | {"pixels": _identity(cache / PIXELS), "shards": shards}
                 _write_labels(cache, index.keys, index.params, digests, moments, made_of)
-            kappa = _mapped(cache / PIXELS, len(index.keys), index.nside)
+            kappa = map_pixels(cache / PIXELS, len(index.keys), index.nside)
     except (OSError, CannotWriteError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.reason
         size, free = _bytes_of(len(index.keys), index.nside), free_memory()
@@ -156,7 +156,7 @@ def _from_cache(cache: Path, paths: list[Path], wanted: dict[str, Any]) -> tuple
         right_size = (cache / PIXELS).stat().st_size == _bytes_of(len(keys), wanted["nside"])
         if not right_size or made_of != wanted or set(shards) != {path.name for path in paths}:
             return None
-        kappa = _mapped(cache / PIXELS, len(keys), wanted["nside"])
+        kappa = map_pixels(cache / PIXELS, len(keys), wanted["nside"])
         if pixels != (now := _identity(cache / PIXELS)):
             if not np.array_equal(digests_of(kappa), digests):
                 return None
@@ -168,7 +168,10 @@ def _from_cache(cache: Path, paths: list[Path], wanted: dict[str, Any]) -> tuple
         return None
 
 
-def _mapped(path: Path, n_tiles: int, nside: int) -> np.ndarray:
-    """The file as an array (n, 4, N, N) whose bins run fastest in memory; copied where it is written to."""
-    pixels = np.memmap(path, dtype=np.float32, mode="c", shape=(n_tiles, nside, nside, N_BINS))
+def map_pixels(path: Path, n_tiles: int, nside: int) -> np.ndarray:
+    """The file as a read-only array (n, 4, N, N) whose bins run fastest in memory.
+
+    Read-only, since a system that counts memory promises none for it, so that it may be larger than all there is.
+    """
+    pixels = np.memmap(path, dtype=np.float32, mode="r", shape=(n_tiles, nside, nside, N_BINS))
     return np.asarray(pixels).transpose(0, 3, 1, 2)  # (n, 4, N, N)

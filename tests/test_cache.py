@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import make_tiles, write_tiles
 
 import data.cache
 from common.errors import UserError
-from data.cache import FOLDER, LABELS, PIXELS, read_tiles_through_cache
+from data.cache import FOLDER, LABELS, PIXELS, map_pixels, read_tiles_through_cache
 from data.shards import TileIndex, Tiles, read_tiles
 
 LMAX, NSIDE, LEVEL = 32, 16, "des_y3"
@@ -56,8 +57,21 @@ def test_the_second_start_reads_the_cache_alone_and_gives_the_same(
     forbid(monkeypatch, "read_tiles", "read_index", "_hashes")
     tiles = through_cache(folder)
     assert_same(tiles, from_shards)
-    tiles.kappa[:] = 0  # the file must not notice
-    assert_same(through_cache(folder), from_shards)
+    with pytest.raises(ValueError, match="read-only"):
+        tiles.kappa[:] = 0
+
+
+def test_more_tiles_than_memory_and_swap_hold_can_be_mapped(tmp_path: Path) -> None:
+    nside, path = 512, tmp_path / PIXELS
+    tile_size = 4 * nside**2 * 4
+    n_tiles = 2 * (psutil.virtual_memory().total + psutil.swap_memory().total) // tile_size
+    last = np.random.default_rng(0).standard_normal(3, dtype=np.float32)
+    with open(path, "wb") as file:  # sparse: it takes no room
+        file.seek(n_tiles * tile_size - last.nbytes)
+        file.write(last.tobytes())
+    kappa = map_pixels(path, n_tiles, nside)
+    assert np.array_equal(kappa[-1, 1:, -1, -1], last)
+    assert not kappa[0].any()
 
 
 def test_a_changed_shard_is_noticed_even_with_its_size_and_time_set_back(folder: Path) -> None:
