@@ -2,10 +2,10 @@
 
 Shards in the published layout (nested lists of doubles, SNAPPY, row groups of 190, 50 simulations a shard). Every way
 runs in a process of its own and gives a float32 array (n, 4, 128, 128), or in our case the tiles ready to train with.
-Each finds its files in the system's memory, and has touched as much memory as the array takes: disks and virtual machines
-do the same to all. Peak memory is what the process takes beyond its libraries; pages of a mapped file, which the system
-takes back when it needs them, count as well (Linux). `--n-sims 791` is the published size. Header of the output: hardware
-and versions.
+Each finds its files in the system's memory and has touched as much memory as the array takes, so disks and virtual
+machines do the same to all. Peak memory is what the process takes beyond its libraries; pages of a mapped file, which
+the system takes back when it needs them, count as well (Linux). `--n-sims 791` is the published size. Header of the
+output: hardware and versions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def of(name): return next(int(l.split()[1]) for l in open("/proc/self/status") i
 def now(): open("/proc/self/clear_refs", "w").write("5"); return of("VmRSS")  # and the peak starts from here
 folder = Path({folder!r})
 import numpy as np
-np.ones(({n}, 4, 128, 128), np.float32)  # so that a virtual machine's host has given this memory before the clock starts
+np.ones(({n}, 4, 128, 128), np.float32)  # a virtual machine's host gives memory when it is first touched
 """
 WAYS = {
     "datasets": """
