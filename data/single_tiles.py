@@ -28,8 +28,10 @@ def read_single_tiles(path: Path, lmax: int, nside: int) -> SingleTiles:
     """Tiles of a parquet shard, or of an .npy file (n, 4, N, N) or (4, N, N), in the order of the file.
 
     Raises:
-        UserError: the file is neither, its tiles have another shape, or one is masked.
+        UserError: the file is not there or neither, its tiles have another shape, or one is masked.
     """
+    if not path.exists():
+        raise UserError(f"--tiles {path} is not there; give a shard (.parquet) or an .npy file")
     kappa, names = (_of_shard if path.suffix == ".parquet" else _of_npy)(path, lmax, nside)
     for tile, name in zip(kappa, names, strict=True):
         hidden = ~np.isfinite(tile) | (tile < 0.99 * UNSEEN)
@@ -43,8 +45,6 @@ def read_single_tiles(path: Path, lmax: int, nside: int) -> SingleTiles:
 
 
 def _of_shard(path: Path, lmax: int, nside: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    if not path.exists():
-        raise UserError(f"--tiles {path} is not there; give a shard or an .npy file")
     chunks = list(kappa_of_shard(path, nside, lmax))
     kappa = empty_kappa(sum(map(len, chunks)), nside)
     np.concatenate(chunks, out=kappa)

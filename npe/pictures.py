@@ -139,7 +139,7 @@ def draw_predictions(posterior: Posterior, ordinary: np.ndarray, theta: np.ndarr
                 more = f", {MOST_ELLIPSES} of them drawn" if len(some) > MOST_ELLIPSES else ""
                 axes.plot(*posterior.mu[some[:MOST_ELLIPSES]].T, ".", color=colour, label=f"{len(some)} {label}{more}")
         axes.set(xlabel=r"$\Omega_{\rm m}$", ylabel=r"$S_8$", title="68 % of each tile's posterior")
-        axes.legend(fontsize=8, loc="upper right")
+        axes.legend(fontsize=8, loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
 
 
 def draw_curve(curve: list[dict[str, Any]], points: list[dict[str, Any]], noise_level: str, path: Path) -> None:

@@ -192,6 +192,12 @@ def test_tiles_that_are_not_whole_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["gone.npy", "gone.parquet"])
+def test_a_file_that_is_not_there_is_called_so(name: str, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{name} is not there"):
+        predict(run, tmp_path / name)
+
+
 def test_a_run_that_was_touched_is_refused_and_one_that_was_moved_is_not(
     run: Path, fiducial: np.ndarray, tmp_path: Path
 ) -> None:
