@@ -41,7 +41,7 @@ np.ones(({n}, 4, 128, 128), np.float32)  # a virtual machine's host gives memory
 """
 WAYS = {
     "datasets": """
-import datasets, numpy as np
+import datasets
 datasets.disable_progress_bars()
 before, start = now(), time.perf_counter()
 rows = datasets.load_dataset("parquet", data_files=[str(p) for p in sorted(folder.glob("*.parquet"))],
@@ -49,7 +49,7 @@ rows = datasets.load_dataset("parquet", data_files=[str(p) for p in sorted(folde
 kappa = np.array(rows["kappa"], dtype=np.float32)
 """,
     "pyarrow": """
-import numpy as np, pyarrow.parquet as pq
+import pyarrow.parquet as pq
 before, start = now(), time.perf_counter()
 parts = []
 for path in sorted(folder.glob("*.parquet")):
@@ -62,7 +62,6 @@ for path in sorted(folder.glob("*.parquet")):
 kappa = np.concatenate(parts)
 """,
     "npy": """
-import numpy as np
 before, start = now(), time.perf_counter()
 kappa = np.load({scratch!r} + "/kappa.npy")
 """,
@@ -78,7 +77,6 @@ kappa = read_tiles_through_cache(folder, 200, "des_y3")[0].kappa
 """,
     "ours, later start": """
 from data.cache import read_tiles_through_cache
-import numpy as np
 before, start = now(), time.perf_counter()
 kappa = np.array(read_tiles_through_cache(folder, 200, "des_y3")[0].kappa)
 """,
@@ -160,7 +158,7 @@ def main() -> None:
         shutil.rmtree(scratch / "parquet", ignore_errors=True)  # what datasets keeps
         if name == "ours, first start":
             shutil.rmtree(folder / "cache", ignore_errors=True)
-        read_once({"npy": scratch / "kappa.npy"}.get(name, folder / "cache" if name in FROM_CACHE else folder))
+        read_once(scratch / "kappa.npy" if name == "npy" else folder / "cache" if name in FROM_CACHE else folder)
         code = (PRELUDE + WAYS[name] + END).format(folder=str(folder), scratch=str(scratch), n=n)
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
         elapsed, took, total = json.loads(done.stdout.splitlines()[-1])
