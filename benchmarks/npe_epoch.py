@@ -77,7 +77,7 @@ def measure(backbone: Backbone, n_train: int, n_single: int, device: torch.devic
     with tempfile.TemporaryDirectory() as folder:
 
         def train(data: CompressedTileDataModule) -> None:
-            fit(data, config, "", LastCheckpoint(Path(folder), {}, "npe_best.ckpt"), device)
+            fit(data, config, "", LastCheckpoint(Path(folder), {}, "npe_best.ckpt", device), device)
 
         found = in_turns(
             {

@@ -116,7 +116,7 @@ def measure(
                 model(one)
 
     def ours(folder: Path) -> None:
-        fit(model, data, config, EarlyStopping(5, best_loss=0.0), LastCheckpoint(folder, {}, "best.ckpt"))  # type: ignore[arg-type]
+        fit(model, data, config, EarlyStopping(5, best_loss=0.0), LastCheckpoint(folder, {}, "best.ckpt", device))  # type: ignore[arg-type]
 
     def limit() -> None:
         model.train()

@@ -30,8 +30,14 @@ def save_checkpoint(path: Path, kind: str, content: dict[str, Any]) -> None:
         temporary.write_bytes(whole.getvalue())  # a view of it in a traceback crashes Python 3.12.1 as it ends
 
 
-def load_checkpoint(path: Path, kind: str, keys: tuple[str, ...]) -> dict[str, Any]:
+def load_checkpoint(path: Path, kind: str, keys: tuple[str, ...], cure: str) -> dict[str, Any]:
     """Read a checkpoint onto the CPU with weights_only=True: a pickle that would run code is refused.
+
+    Args:
+        path: the file.
+        kind: what it must hold.
+        keys: of the content, that must be there.
+        cure: what the user can do if the file is no good.
 
     Raises:
         UserError: missing, unreadable, changed since it was written, of another kind or without one of `keys`.
@@ -40,20 +46,17 @@ def load_checkpoint(path: Path, kind: str, keys: tuple[str, ...]) -> dict[str, A
         content = torch.load(path, map_location="cpu", weights_only=True)
         intact = isinstance(content, dict) and content.pop("sha256", "") == _sha256(content)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the best.ckpt of a stage-1 run") from None
+        raise UserError(f"{path} does not exist; {cure}") from None
     except Exception as error:  # torch raises many kinds here; all mean the same to the user
         raise UserError(
-            f"{path} is not a checkpoint of this program, or it is damaged ({type(error).__name__}); "
-            "give the best.ckpt of a stage-1 run, or run the stage that writes it again"
+            f"{path} is not a checkpoint of this program, or it is damaged ({type(error).__name__}); {cure}"
         ) from None
     if not intact:  # a zip file's own checksums are not looked at by torch
-        raise UserError(
-            f"{path} is not what this program wrote (its hash does not fit); run the stage that writes it again"
-        )
+        raise UserError(f"{path} is not what this program wrote (its hash does not fit); {cure}")
     if content.get("kind") != kind or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a {kind} checkpoint of format {FORMAT}; give the file that this program wrote")
+        raise UserError(f"{path} is not a {kind} checkpoint of format {FORMAT}; {cure}")
     if missing := [key for key in keys if key not in content]:
-        raise UserError(f"{path} lacks {', '.join(missing)}; run the stage that writes it again")
+        raise UserError(f"{path} lacks {', '.join(missing)}; {cure}")
     return content
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import re
 import shlex
 import types
 import typing
@@ -34,6 +35,7 @@ Ordering = Literal["auto", "RING", "NEST"]
 PixelWindow = Literal["auto", "divide", "keep"]
 
 FIDUCIAL_SIM_ID = 109
+SHA256 = re.compile("[0-9a-f]{64}")
 # Options that may change when an interrupted run goes on: where files lie, and what does not touch the result.
 # The tiles and the compressor themselves are compared by their hashes.
 FREE_TO_CHANGE = {
@@ -428,10 +430,15 @@ def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     """What differs between two sets of options, in words; empty if nothing does."""
     names = list(dict.fromkeys([*there, *here]))
     return ", ".join(
-        f"{_flag(name)} {there.get(name)} there, {here.get(name)} here"
+        f"{_flag(name)} {_shown(there.get(name))} there, {_shown(here.get(name))} here"
         for name in names
         if there.get(name) != here.get(name)
     )
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text[:12] if SHA256.fullmatch(text) else text
 
 
 def lmax_list(text: str) -> list[int]:

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import platform
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 
 from common.config import Backbone, Device, Precision
 from common.errors import UserError
-from common.machine import computes_in_bf16
+from common.machine import computes_in_bf16, free_memory
+
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_device(name: Device) -> torch.device:
@@ -29,6 +32,7 @@ def pick_device(name: Device) -> torch.device:
             f"--device {name}: PyTorch {torch.__version__} sees none here; use --device cpu or another PyTorch wheel"
         )
     torch.backends.cudnn.deterministic = True  # same seed, same machine, same result
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
     if kind == "cpu":
         _keep_freed_memory()
     return torch.device(kind)
@@ -49,15 +53,42 @@ def _keep_freed_memory() -> None:
 
 
 def pick_precision(name: Precision, device: torch.device, backbone: Backbone) -> torch.dtype:
-    """The dtype that the network's arithmetic runs in, the fastest unless asked: bf16 on CUDA.
+    """The dtype that the network's arithmetic runs in, the fastest unless asked: bf16 on a GPU that computes in it.
 
     On a CPU with bf16 arithmetic efficientnet_v2_s takes 0.8 of the time in bf16, tiny and efficientnet_b0 1.2 of it
     (benchmarks/README.md).
     """
     if name == "auto":
-        pays_on_cpu = backbone == "efficientnet_v2_s" and computes_in_bf16()
-        return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and pays_on_cpu) else torch.float32
-    return {"float32": torch.float32, "bf16": torch.bfloat16}[name]
+        if device.type == "cuda":
+            pays = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            pays = device.type == "cpu" and backbone == "efficientnet_v2_s" and computes_in_bf16()
+        return torch.bfloat16 if pays else torch.float32
+    return DTYPES[name]
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """As results and checkpoints have it: float32 or bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def free_memory_of(device: torch.device) -> int:
+    """Bytes that may still be taken there."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+
+
+def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors from the CPU on the device, those with the widest elements first.
+
+    On CUDA they go in one copy out of pinned memory, byte behind byte, which nobody waits for: from memory that is not
+    pinned, each would wait until the GPU has done all that was asked of it before.
+    """
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]  # (n_bytes,) each
+    packed = torch.cat(flat).pin_memory().to(device, non_blocking=True)
+    parts = packed.split([len(part) for part in flat])
+    return [part.view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from common.progress import METRICS_NAME, append_metrics, write_metrics
 
 LAST_NAME = "last.ckpt"
 KIND = "interrupted training"
-KEYS = ("begun_with", "position", "parts", "generators", "rng", "files", "elapsed_s")
+KEYS = ("begun_with", "position", "state", "files", "elapsed_s")
+CURE = "add --restart to start over"
 
 
 class Part(Protocol):
@@ -37,7 +39,7 @@ class Position:
     Attributes:
         epoch: that is being run, from 0.
         batch: of that epoch that comes next.
-        losses: of its batches so far.
+        losses: of its batches so far, all on the device of the training.
         metrics: a line for every finished epoch.
     """
 
@@ -66,8 +68,9 @@ class LastCheckpoint:
     def __init__(
         self,
         folder: Path,
-        begun_with: dict[str, Any],
+        options: dict[str, Any],
         best: str,
+        device: torch.device,
         *,
         restart: bool = False,
         seconds_between: float = 60.0,
@@ -77,19 +80,21 @@ class LastCheckpoint:
 
         Args:
             folder: of the run.
-            begun_with: options that make the training what it is; it goes on only with the same.
+            options: that make the training what it is; it resumes only with the same.
             best: name of the file with the best weights so far, which is kept and put back with the rest: the one in
                 the folder may be of an epoch that comes after the saving.
-            restart: do not go on from what was begun with other options, or is damaged. (With the same options it
-                goes on even so, or a command with --restart could never be interrupted.)
+            device: of the training; what is loaded goes there.
+            restart: start over where it cannot resume: the options or the data are others, the file is damaged or of
+                another version. (Where it can, it does so even then, or a command with --restart could never be
+                interrupted.)
             seconds_between: two savings at least.
             on_saved: called after each.
 
         Raises:
-            UserError: the file is damaged, or was begun with other options, and not `restart`.
+            UserError: it cannot resume, and not `restart`.
         """
-        self.path, self.begun_with, self.best = folder / LAST_NAME, begun_with, folder / best
-        self.seconds_between, self.on_saved = seconds_between, on_saved
+        self.path, self.begun_with, self.best, self.device = folder / LAST_NAME, options, folder / best, device
+        self.restart, self.seconds_between, self.on_saved = restart, seconds_between, on_saved
         self.parts: dict[str, Part] = {}
         self.generators: dict[str, torch.Generator] = {}
         self.position = Position()
@@ -97,57 +102,98 @@ class LastCheckpoint:
         self.content: dict[str, Any] | None = None  # of the file, until it is put back
         if self.path.exists():
             try:
-                content = load_checkpoint(self.path, KIND, KEYS)
-                _refuse_others(self.path, content["begun_with"], begun_with, list(begun_with))
-                self.content = content
+                self.content = load_checkpoint(self.path, KIND, KEYS, CURE)
             except UserError:
                 if not restart:
                     raise
+            self._compare()
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether there is an interrupted training to go on with; until it is put back."""
+    def _compare(self) -> None:
+        """Drop the content of a training that was begun with other options or data, or refuse it."""
+        if self.content is None:
+            return
+        there = {name: self.content["begun_with"].get(name) for name in self.begun_with}
+        if differs := difference(there, self.begun_with):
+            if not self.restart:
+                raise UserError(
+                    f"{self.path} was begun with others ({differs}); give the same to go on, --restart to start over, "
+                    "or --tag NAME for another run"
+                )
+            self.content = None
+
+    def read_data(self, fingerprints: dict[str, str | None]) -> bool:
+        """Compare what the training reads as well, once that is known and before anything is written.
+
+        Args:
+            fingerprints: of its data, by what it is; None for what is not used.
+
+        Returns:
+            whether there is an interrupted training to resume.
+
+        Raises:
+            UserError: it was begun with other data, and not `restart`.
+        """
+        self.begun_with = self.begun_with | fingerprints
+        self._compare()
         return self.content is not None
 
-    def restore(
-        self, parts: dict[str, Part], generators: dict[str, torch.Generator], hashes: dict[str, str]
-    ) -> Position:
+    def restore(self, parts: dict[str, Part], generators: dict[str, torch.Generator]) -> Position:
         """Put everything back as it was when the training was interrupted; where it was, or the beginning.
 
         Args:
             parts: what is trained and what trains it; saved from now on.
             generators: that the batches draw from, besides torch's own.
-            hashes: of what it reads; it goes on only with the same.
 
         Raises:
-            UserError: it was begun with other data, or by another version.
+            UserError: it was saved by another version, and not `restart`.
         """
         self.parts, self.generators = parts, generators
-        self.begun_with = self.begun_with | hashes
         content, self.content = self.content, None
-        if content is None:
-            write_metrics(self.metrics, [])
-            return self.position
-        _refuse_others(self.path, content["begun_with"], self.begun_with)
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(content["parts"][name])
-            for name, generator in self.generators.items():
-                generator.set_state(content["generators"][name])
-            torch.set_rng_state(content["rng"]["cpu"])
-            if torch.cuda.is_available() and "cuda" in content["rng"]:
-                torch.cuda.set_rng_state(content["rng"]["cuda"])
-            self.best.unlink(missing_ok=True)
-            for name, whole in content["files"].items():
-                with atomic_path(self.path.with_name(name)) as temporary:
-                    temporary.write_bytes(whole.numpy().data)
-            self.position = Position(**content["position"])
-            self.start -= float(content["elapsed_s"])
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-            raise UserError(f"{self.path} does not fit this version's training; add --restart to start over") from None
+        if content is not None:
+            fresh = copy.deepcopy(self._state())
+            try:
+                self._put_back(content)
+                say(f"going on from {self.path}: epoch {self.position.epoch}, batch {self.position.batch}")
+            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+                if not self.restart:
+                    raise UserError(f"{self.path} does not fit this version's training; {CURE}") from None
+                self._load_state(fresh)
+                self.best.unlink(missing_ok=True)
         write_metrics(self.metrics, self.position.metrics)
-        say(f"going on from {self.path}: epoch {self.position.epoch}, batch {self.position.batch}")
         return self.position
+
+    def _put_back(self, content: dict[str, Any]) -> None:
+        self._load_state(content["state"])
+        position = Position(**content["position"])
+        position.losses = [loss.to(self.device) for loss in position.losses]  # where the next ones will be
+        files = {self.path.with_name(name): whole.numpy().data for name, whole in content["files"].items()}
+        elapsed_s = float(content["elapsed_s"])
+        self.best.unlink(missing_ok=True)
+        for path, whole in files.items():
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(whole)
+        self.position = position
+        self.start -= elapsed_s
+
+    def _state(self) -> dict[str, Any]:
+        """All that changes while it trains, but the position."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "generators": {name: generator.get_state() for name, generator in self.generators.items()},
+            "rng": rng,
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:  # else it was begun on another kind of device
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
     @property
     def metrics(self) -> Path:
@@ -174,18 +220,13 @@ class LastCheckpoint:
         losses = self.position.losses
         if losses and not torch.stack(losses).isfinite().all():
             return
-        rng = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            rng["cuda"] = torch.cuda.get_rng_state()
         files = {}
         if self.best.exists():
             files[self.best.name] = torch.frombuffer(bytearray(self.best.read_bytes()), dtype=torch.uint8)
         content = {
             "begun_with": self.begun_with,
             "position": vars(self.position),
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "generators": {name: generator.get_state() for name, generator in self.generators.items()},
-            "rng": rng,
+            "state": self._state(),
             "files": files,
             "elapsed_s": self.elapsed_s(),
         }
@@ -209,14 +250,3 @@ class LastCheckpoint:
                 raise Interrupted(stop.signum, f"{self.path} has epoch {at.epoch}, batch {at.batch}") from None
             self.save_if_due()
             write_metrics(self.metrics, self.position.metrics)
-
-
-def _refuse_others(path: Path, there: dict[str, Any], here: dict[str, Any], names: list[str] | None = None) -> None:
-    """Raise UserError if two sets of options differ, or those of the given names do."""
-    if names is not None:
-        there = {name: there.get(name) for name in names}
-    if differs := difference(there, here):
-        raise UserError(
-            f"{path} was begun with others ({differs}); give the same to go on, --restart to start over, or --tag NAME "
-            "for another run"
-        )

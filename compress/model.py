@@ -20,6 +20,7 @@ from data.schema import N_BINS, THETA_NAMES
 
 CHECKPOINT_NAME = "best.ckpt"
 KIND = "compressor"
+CURE = "give the best.ckpt of a stage-1 run, or run stage 1 again"
 HASHES = ("manifest_sha256", "norm_stats_sha256")
 
 
@@ -110,7 +111,7 @@ def load_compressor(path: Path, device: torch.device, precision: Precision) -> T
     Raises:
         UserError: not a compressor checkpoint, or one whose weights do not fit its config.
     """
-    content = load_checkpoint(path, KIND, ("model", "config", *HASHES, "epoch", "val_mse"))
+    content = load_checkpoint(path, KIND, ("model", "config", *HASHES, "epoch", "val_mse"), CURE)
     try:
         config = CompressorConfig(**content["config"])
         model = FieldLevelCompressor(config.backbone, pick_precision(precision, device, config.backbone))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common.artifacts import (
     claimed,
@@ -25,17 +27,19 @@ from common.artifacts import (
     write_json,
 )
 from common.config import CompressorConfig, begun_with
-from common.device import describe_device, pick_device, pick_precision, seeded_generator, versions
+from common.device import describe_device, name_of_dtype, pick_device, pick_precision, seeded_generator, versions
 from common.early_stopping import EarlyStopping
 from common.errors import UserError, warn
 from common.figures import draw_loss_curves
 from common.progress import Progress
 from common.resume import LastCheckpoint, Part, Position
 from common.schedule import ema_decay_at, lr_at
+from compress.memory import bytes_of_a_step
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, load_compressor, save_compressor
 from compress.pictures import draw_predictions
 from data.module import TileDataModule, TileDataset, batches, n_batches, names_of_batch
 from data.norm_stats import write_norm_stats
+from data.schema import nside_of
 from data.split import write_manifest
 
 RESULT_NAME = "result.json"
@@ -63,17 +67,15 @@ def train_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None]
 def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], None]) -> dict[str, Any]:
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device, config.backbone)
-    options = begun_with(config) | {"precision": str(dtype).removeprefix("torch.")}
     last = LastCheckpoint(
         folder,
-        options,
+        begun_with(config) | {"precision": name_of_dtype(dtype)},
         CHECKPOINT_NAME,
+        device,
         restart=config.restart,
         seconds_between=config.checkpoint_seconds,
         on_saved=on_checkpoint,
     )
-    torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
-    model = FieldLevelCompressor(config.backbone, dtype).to(device)
     tiles_dir = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level)
     data = TileDataModule(
         tiles_dir,
@@ -87,6 +89,9 @@ def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], N
         device=device,
         dtype=dtype,
         feed=config.feed,
+        reserve=bytes_of_a_step(
+            config.backbone, dtype, config.batch_size, nside_of(config.lmax, config.nside), training=True
+        ),
         noiseless_dir=Path(config.noiseless_tiles) if config.noiseless_tiles else None,
     )
     data.setup()
@@ -94,11 +99,13 @@ def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], N
         warn(warning)
     if len(data.fiducial_ds) == 0:
         warn(f"{tiles_dir} has no simulation {config.fiducial_sim_id}: stage 2 will find no fiducial tiles and refuse")
-    if not last.goes_on:
+    if not last.read_data(data.fingerprints):
         make_empty_folder(folder)
     write_manifest(folder, data.manifest)
     write_norm_stats(folder, data.norm_stats)
 
+    torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
+    model = FieldLevelCompressor(config.backbone, dtype).to(device)
     stopper = EarlyStopping(config.patience)
     fit(model, data, config, stopper, last)
 
@@ -124,8 +131,9 @@ def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], N
         "manifest_sha256": data.manifest.sha256,
         "folder": str(folder),
         "tiles_dir": str(tiles_dir),
+        "fingerprints": data.fingerprints,
         "device": describe_device(device),
-        "precision": str(model.dtype).removeprefix("torch."),
+        "precision": name_of_dtype(model.dtype),
         "versions": versions(),
         "config": asdict(config),
     }
@@ -169,10 +177,10 @@ def fit(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    average = AveragedModel(model, use_buffers=True) if config.ema_decay else None
-    judged = model if average is None else cast(FieldLevelCompressor, average.module)
+    average = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
+    judged = model if average is None else average
     augment, theta_noise = (seeded_generator(config.seed, f"compressor {name}") for name in ("augment", "theta noise"))
-    train_ds = data.compressor_train_ds.augmented(augment)
+    train_ds = data.compressor_train_ds.augmented(augment, (config.theta_noise, theta_noise))
     steps_per_epoch = n_batches(len(train_ds), config.batch_size)
     schedule = partial(
         lr_at,
@@ -186,7 +194,7 @@ def fit(
     parts: dict[str, Part] = {"model": model, "optimizer": optimizer, "stopper": stopper}
     if average is not None:
         parts["average"] = average
-    at = last.restore(parts, {"augment": augment, "theta noise": theta_noise}, hashes)
+    at = last.restore(parts, {"augment": augment, "theta noise": theta_noise})
     n_steps = config.max_epochs * steps_per_epoch
     with Progress("training the compressor", n_steps, "steps") as progress, last.saved_when_interrupted():
         step = at.epoch * steps_per_epoch + at.batch
@@ -196,14 +204,12 @@ def fit(
             model.train()
             for kappa, theta in batches(train_ds, config.batch_size, _shuffle(config, at.epoch), first=at.batch):
                 optimizer.param_groups[0]["lr"] = schedule(step)
-                noise = config.theta_noise * torch.randn(theta.shape, generator=theta_noise)
-                loss = functional.mse_loss(model(kappa), theta + noise.to(theta.device))
+                loss = functional.mse_loss(model(kappa), theta)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 if average is not None:
-                    average.multi_avg_fn = get_ema_multi_avg_fn(ema_decay_at(step, config.ema_decay))
-                    average.update_parameters(model)
+                    move_average(average, model, ema_decay_at(step, config.ema_decay) if step else 0.0)
                 step += 1
                 at.next_batch(loss)
                 last.save_if_due()
@@ -224,6 +230,19 @@ def fit(
             }
             last.end_epoch(metrics)
             progress.advance(0, f"epoch {metrics['epoch']}, val_mse {val_mse:.4f}, best {stopper.best_loss:.4f}")
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay average + (1 - decay) model, of all weights and BatchNorm statistics.
+
+    torch's AveragedModel does the same, but has its GPU wait for a counter on the CPU at every step.
+    """
+    of_average, of_model = (list(m.state_dict().values()) for m in (average, model))
+    for floating in (True, False):  # counters of batches are whole numbers
+        some = [i for i, tensor in enumerate(of_average) if tensor.is_floating_point() == floating]
+        if some:
+            get_ema_multi_avg_fn(decay)([of_average[i] for i in some], [of_model[i] for i in some], 0)
 
 
 def _shuffle(config: CompressorConfig, epoch: int) -> torch.Generator:

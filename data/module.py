@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
@@ -11,9 +13,9 @@ import numpy as np
 import torch
 
 from common.config import Feed, SplitBy, TileGeometry
-from common.errors import UserError
+from common.device import free_memory_of, name_of_dtype, to_device
+from common.errors import UserError, say, warn
 from common.interrupt import check
-from common.machine import free_memory
 from common.progress import Progress
 from data.audit import Audit, audit_tiles
 from data.augment import Symmetries, draw_symmetries, gather_augmented
@@ -21,13 +23,13 @@ from data.cache import read_tiles_through_cache
 from data.norm_stats import NormStats, compute_norm_stats
 from data.schema import NOISELESS
 from data.shards import Tiles, read_orientations
-from data.split import SPLIT_NAMES, SplitManifest, make_manifest, split_indices
+from data.split import SPLIT_NAMES, SplitManifest, fingerprint_of, make_manifest, split_indices
 from data.stream import TileStream
 
-MEMORY_SHARE = 0.6  # of what is free may go to the tiles; the rest is for the network
+MEMORY_SHARE = 0.8  # of what the network leaves may go to the tiles; allocators and others need some
 LOADED_AT_A_TIME = 64  # tiles
 SIGNALS_CHECKED = 64  # tiles
-NOT_NOISE = 0.2  # of the noise's variance may be missing from the sum; two different skies miss twice the signal's
+NOT_NOISE = 0.5  # slope of the difference on the signal: 0 if that is noise, however weak; -1 for another sky
 
 
 class Batched(Protocol):
@@ -45,6 +47,9 @@ class TileDataset:
     batch (kappa (B, 4, N, N) channels_last, theta (B, 2)). With an augmentation generator every
     access draws a new symmetry and roll per tile; if there is a `signal`, the same tiles without noise, also
     a new noise: that of another tile of the split, with a symmetry and roll of its own.
+
+    All is drawn on the CPU, so that the draws are the same on every device and a stream knows which tiles to read,
+    and goes to the device in one copy a batch.
     """
 
     def __init__(
@@ -53,19 +58,29 @@ class TileDataset:
         theta: torch.Tensor,
         rows: np.ndarray,
         device: torch.device,
-        augment: torch.Generator | None = None,
         signal: torch.Tensor | TileStream | None = None,
         keys: np.ndarray | None = None,
     ) -> None:
-        self.source, self.theta, self.device, self.augment, self.signal = source, theta, device, augment, signal
+        self.source, self.theta, self.device, self.signal = source, theta, device, signal
         self.rows, self.keys = torch.from_numpy(rows), keys
+        self.augment: torch.Generator | None = None
+        self.theta_noise: tuple[float, torch.Generator] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def augmented(self, generator: torch.Generator) -> TileDataset:
-        """The same tiles, augmented with draws from `generator`."""
-        return TileDataset(self.source, self.theta, self.rows.numpy(), self.device, generator, self.signal, self.keys)
+    def augmented(
+        self, generator: torch.Generator, theta_noise: tuple[float, torch.Generator] | None = None
+    ) -> TileDataset:
+        """The same tiles, augmented with draws from `generator`.
+
+        Args:
+            generator: of symmetries, rolls and the noise of the tiles.
+            theta_noise: standard deviation of Gaussian noise on the normalised theta, and its generator.
+        """
+        other = copy.copy(self)
+        other.augment, other.theta_noise = generator, theta_noise
+        return other
 
     def prefetch(self, positions: torch.Tensor) -> None:
         """Say which batch is asked for next."""
@@ -81,23 +96,32 @@ class TileDataset:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """A batch in parts of `size` tiles: the tiles and draws are those of the whole batch."""
         rows = self.rows[torch.as_tensor(positions)]  # (B,)
-        theta = self.theta[rows].to(self.device, non_blocking=True)
-        if self.augment is None:
-            views = [_View(self.source, rows)]
-        else:
-            symmetries = draw_symmetries(len(rows), _nside(self.source), self.augment)
-            views = [_View(self.source if self.signal is None else self.signal, rows, symmetries)]
-            if self.signal is not None:
-                others = self.rows[torch.randint(len(self.rows), (len(rows),), generator=self.augment)]  # (B,)
-                symmetries = draw_symmetries(len(rows), _nside(self.source), self.augment)
-                views += [_View(self.source, others, symmetries), _View(self.signal, others, symmetries)]
+        views = self._views(rows)
+        theta = self.theta[rows]  # (B, 2)
+        if self.theta_noise is not None:
+            sigma, generator = self.theta_noise
+            theta = theta + sigma * torch.randn(theta.shape, generator=generator)
+        *drawn, theta = to_device([*(t for view in views for t in view.drawn()), theta], self.device)
         for start in range(0, len(rows), size):
             some = slice(start, start + size)
-            kappa = views[0].take(some)
-            if len(views) > 1:  # the noise is what the other tile has beside its signal
-                kappa += views[1].take(some)
-                kappa -= views[2].take(some)
+            here = iter(drawn)
+            kappa, *noise = (view.take([next(here)[some] for _ in view.drawn()]) for view in views)
+            if noise:  # is what the other tile has beside its signal
+                kappa += noise[0]
+                kappa -= noise[1]
             yield kappa, theta[some]
+
+    def _views(self, rows: torch.Tensor) -> list[_View]:
+        """The tiles, and where noise is exchanged the others with and without it."""
+        if self.augment is None:
+            return [_View(self.source, rows)]
+        symmetries = draw_symmetries(len(rows), _nside(self.source), self.augment)
+        if self.signal is None:
+            return [_View(self.source, rows, symmetries)]
+        others = self.rows[torch.randint(len(self.rows), (len(rows),), generator=self.augment)]  # (B,)
+        of_others = draw_symmetries(len(rows), _nside(self.source), self.augment)
+        tiles = _View(self.signal, rows, symmetries)
+        return [tiles, _View(self.source, others, of_others), _View(self.signal, others, of_others)]
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         kappa, theta = self.__getitems__([position])
@@ -116,15 +140,18 @@ class _View:
     ) -> None:
         if isinstance(source, TileStream):
             source, rows = source.read(rows), torch.arange(len(rows))
-        self.store, self.rows = source, rows  # (n, 4, N, N), (B,)
-        self.symmetries = symmetries
+        self.store, self.rows, self.symmetries = source, rows, symmetries  # (n, 4, N, N), (B,)
 
-    def take(self, some: slice) -> torch.Tensor:
-        """Some of them, (m, 4, N, N)."""
-        if self.symmetries is None:
-            picked = self.store.permute(0, 2, 3, 1)[self.rows[some].to(self.store.device)]  # (m, N, N, 4)
-            return picked.permute(0, 3, 1, 2)  # (m, 4, N, N)
-        return gather_augmented(self.store, self.rows[some], self.symmetries.of(some))
+    def drawn(self) -> list[torch.Tensor]:
+        """What the device has to know: rows and symmetries, int64 (B,) each."""
+        return [self.rows] if self.symmetries is None else [self.rows, *vars(self.symmetries).values()]
+
+    def take(self, drawn: list[torch.Tensor]) -> torch.Tensor:
+        """Tiles (m, 4, N, N) for a part of `drawn`, which is on the device."""
+        rows, *symmetries = drawn
+        if symmetries:
+            return gather_augmented(self.store, rows, Symmetries(*symmetries))
+        return self.store.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)  # (m, N, N, 4) -> (m, 4, N, N)
 
 
 def batch_positions(n: int, batch_size: int, shuffle: torch.Generator | None) -> list[torch.Tensor]:
@@ -171,6 +198,7 @@ class TileDataModule:
 
     Attributes, after setup():
         manifest, norm_stats: as made or given.
+        fingerprints: of the tiles, and of those without noise, None if there are none.
         audit: what the splits share, and more.
         tiles: the data set, in physical units.
         compressor_train_ds, npe_train_ds, test_ds, fiducial_ds: one TileDataset per split, not augmented.
@@ -190,6 +218,7 @@ class TileDataModule:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         feed: Feed = "auto",
+        reserve: int = 0,
         noiseless_dir: Path | None = None,
         manifest: SplitManifest | None = None,
         norm_stats: NormStats | None = None,
@@ -199,6 +228,7 @@ class TileDataModule:
         self.fiducial_sim_id, self.split_seed, self.split_by = fiducial_sim_id, split_seed, split_by
         self.device, self.dtype = device, dtype
         self.feed: Feed = feed
+        self.reserve = reserve
         self.noiseless_dir = noiseless_dir
         self._given_manifest, self._given_norm_stats = manifest, norm_stats
 
@@ -218,11 +248,23 @@ class TileDataModule:
         )
         train = indices["compressor_train"]
         self.norm_stats = self._given_norm_stats or compute_norm_stats(self.tiles.theta[train], moments.of(train))
-        everything = whole_dataset(self.tiles, self.norm_stats, self.device, self.dtype, self.feed)
+        self.fingerprints: dict[str, str | None] = {"tiles": self.manifest.fingerprint, "noiseless_tiles": None}
+        # Sums of tiles are taken in float32, so then none is held in less.
+        dtype = self.dtype if self.noiseless_dir is None else torch.float32
+        place = partial(
+            whole_dataset,
+            norm_stats=self.norm_stats,
+            device=self.device,
+            dtype=dtype,
+            feed=self.feed,
+            reserve=self.reserve,
+        )
+        everything = place(self.tiles, called="tiles")
         signal = None
         if self.noiseless_dir is not None:
             noiseless = read_signal(self.noiseless_dir, self.tiles)
-            signal = whole_dataset(noiseless, self.norm_stats, self.device, self.dtype, self.feed).source
+            self.fingerprints["noiseless_tiles"] = fingerprint_of(noiseless)
+            signal = place(noiseless, called="noiseless tiles").source
         self.compressor_train_ds, self.npe_train_ds, self.test_ds, self.fiducial_ds = (
             TileDataset(
                 everything.source, everything.theta, indices[name], self.device, signal=signal, keys=self.tiles.keys
@@ -235,7 +277,7 @@ def read_signal(folder: Path, tiles: Tiles) -> Tiles:
     """The same tiles without noise.
 
     Raises:
-        UserError: bad shards, other tiles, or a difference that is not noise: one that does not add its variance.
+        UserError: bad shards, other tiles, or a difference that is not noise: one that goes with the signal.
     """
     if not any(folder.glob("shard_*.parquet")):
         raise UserError(
@@ -246,9 +288,10 @@ def read_signal(folder: Path, tiles: Tiles) -> Tiles:
     if not (np.array_equal(signal.keys, tiles.keys) and np.array_equal(signal.params, tiles.params)):
         raise UserError(f"--noiseless-tiles {folder} holds other simulations than the tiles; make both from one suite")
     some = np.linspace(0, len(tiles.keys) - 1, SIGNALS_CHECKED).astype(int)
-    total, clean = (one.kappa[some].astype(np.float64) for one in (tiles, signal))  # (m, 4, N, N)
-    noise = (total - clean).var(axis=(0, 2, 3))  # (4,)
-    if not (np.abs(total.var(axis=(0, 2, 3)) - clean.var(axis=(0, 2, 3)) - noise) <= NOT_NOISE * noise).all():
+    clean, total = (one.kappa[some].astype(np.float64) for one in (signal, tiles))  # (m, 4, N, N)
+    clean -= clean.mean(axis=(0, 2, 3), keepdims=True)
+    slope = (clean * (total - clean)).sum(axis=(0, 2, 3)) / np.square(clean).sum(axis=(0, 2, 3))  # (4,)
+    if not (np.abs(slope) <= NOT_NOISE).all():
         raise UserError(
             f"--noiseless-tiles {folder}: the tiles are not these ones with noise added; make both from one suite, "
             "with the same --seed"
@@ -262,6 +305,8 @@ def whole_dataset(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     feed: Feed = "auto",
+    reserve: int = 0,
+    called: str = "",
 ) -> TileDataset:
     """All tiles as one data set, not augmented.
 
@@ -269,29 +314,28 @@ def whole_dataset(
         tiles: in physical units, and left so.
         norm_stats: they are normalised with.
         device: they are given on.
-        dtype: that the network computes in; tiles may be held in it, which rounds them as the network would.
+        dtype: that they are given in, the one that the network computes in: it would round them to it anyway.
         feed: "resident" holds them on the device, "stream" leaves them where they are and reads batch by batch,
             "auto" holds them if they fit.
+        reserve: bytes of the device's free memory that are left to the network.
+        called: so in the line that says what was chosen; without a name nothing is said.
     """
     theta = torch.from_numpy(norm_stats.normalise_theta(tiles.theta).astype(np.float32))  # (n, 2)
-    held_as = _held_as(tiles.kappa, device, dtype, feed)
-    source = (
-        TileStream(tiles.kappa, norm_stats, device)
-        if held_as is None
-        else _resident(tiles.kappa, norm_stats, device, held_as)
-    )
-    return TileDataset(source, theta, np.arange(len(theta)), device)
+    size, free = tiles.kappa.size * dtype.itemsize, free_memory_of(device)
+    room = int(MEMORY_SHARE * (free - reserve))
+    held = feed == "resident" or (feed == "auto" and size <= room)
+    if called:
+        chosen = f"held on {device}" if held else "read batch by batch"
+        why = f"--feed {feed}" if feed != "auto" else f"{_gb(free)} free, of which {_gb(reserve)} for the network"
+        say(f"{called}: {_gb(size)} as {name_of_dtype(dtype)}, {chosen} ({why})")
+    if reserve > free:
+        warn(f"a step may need {_gb(reserve)} where {_gb(free)} are free on {device}; give a smaller --batch-size")
+    store = _resident if held else TileStream
+    return TileDataset(store(tiles.kappa, norm_stats, device, dtype), theta, np.arange(len(theta)), device)
 
 
-def _held_as(kappa: np.ndarray, device: torch.device, dtype: torch.dtype, feed: Feed) -> torch.dtype | None:
-    """The type in which tiles are held on the device: float32 if they fit, else the network's; None to stream."""
-    if feed == "stream":
-        return None
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    for held_as in (torch.float32, dtype):
-        if kappa.size * held_as.itemsize <= MEMORY_SHARE * free:
-            return held_as
-    return dtype if feed == "resident" else None
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB"
 
 
 def _resident(kappa: np.ndarray, norm_stats: NormStats, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

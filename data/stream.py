@@ -17,9 +17,9 @@ class TileStream:
         nside: pixels per side.
     """
 
-    def __init__(self, kappa: np.ndarray, norm_stats: NormStats, device: torch.device) -> None:
-        """kappa (n, 4, N, N), mapped into memory, in physical units, bins fastest."""
-        self.kappa, self.norm_stats, self.device = kappa, norm_stats, device
+    def __init__(self, kappa: np.ndarray, norm_stats: NormStats, device: torch.device, dtype: torch.dtype) -> None:
+        """kappa (n, 4, N, N), mapped into memory, in physical units, bins fastest; tiles are given in `dtype`."""
+        self.kappa, self.norm_stats, self.device, self.dtype = kappa, norm_stats, device, dtype
         self.nside = kappa.shape[-1]
         self._reader = ThreadPoolExecutor(1, "tile reader")
         self._ahead: tuple[torch.Tensor, Future[torch.Tensor]] | None = None
@@ -32,10 +32,10 @@ class TileStream:
         """Tiles (B, 4, N, N) on the device, channels_last."""
         ahead, self._ahead = self._ahead, None
         kappa = ahead[1].result() if ahead is not None and torch.equal(ahead[0], rows) else self._read(rows)
-        return kappa.to(self.device, non_blocking=True)
+        return kappa.to(self.device, non_blocking=kappa.is_pinned())
 
     def _read(self, rows: torch.Tensor) -> torch.Tensor:
         # take() copies without the interpreter's lock: the main thread goes on while pages come from the disk.
         pixels = np.take(self.kappa.transpose(0, 2, 3, 1), rows.numpy(), axis=0)  # (B, N, N, 4)
-        kappa = torch.from_numpy(self.norm_stats.normalise_tiles(pixels.transpose(0, 3, 1, 2)))  # (B, 4, N, N)
-        return kappa.pin_memory() if self.device.type == "cuda" else kappa
+        kappa = torch.from_numpy(self.norm_stats.normalise_tiles(pixels.transpose(0, 3, 1, 2))).to(self.dtype)
+        return kappa.pin_memory() if self.device.type == "cuda" else kappa  # (B, 4, N, N)

@@ -20,6 +20,7 @@ N_THETA = len(THETA_NAMES)
 HIDDEN = 64
 CHECKPOINT_NAME = "npe_best.ckpt"
 KIND = "npe"
+CURE = "run stage 2 again, with --restart"
 
 
 class GaussianNPE(nn.Module):
@@ -118,11 +119,11 @@ def load_npe(path: Path, device: torch.device) -> list[GaussianNPE]:
     Raises:
         UserError: not an NPE checkpoint.
     """
-    content = load_checkpoint(path, KIND, ("members", "config"))
+    content = load_checkpoint(path, KIND, ("members", "config"), CURE)
     members = [GaussianNPE().to(device).eval() for _ in content["members"]]
     try:
         for npe, weights in zip(members, content["members"], strict=True):
             npe.load_state_dict(weights)
     except (RuntimeError, TypeError):
-        raise UserError(f"{path} does not fit this version's network; run stage 2 again") from None
+        raise UserError(f"{path} does not fit this version's network; {CURE}") from None
     return members

@@ -22,16 +22,17 @@ from common.artifacts import (
     write_json,
 )
 from common.config import NPEConfig, begun_with
-from common.device import describe_device, pick_device, seeded_generator, versions
+from common.device import describe_device, name_of_dtype, pick_device, seeded_generator, versions
 from common.errors import UserError, warn
 from common.figures import draw_loss_curves
 from common.progress import Progress
 from common.resume import LastCheckpoint, Part, Position
+from compress.memory import bytes_of_a_step
 from compress.model import TrainedCompressor, load_compressor
 from data.cache import read_tiles_through_cache
 from data.module import TileDataModule, batches, names_of_batch, whole_dataset
 from data.norm_stats import NORM_STATS_NAME, read_norm_stats
-from data.schema import THETA_NAMES
+from data.schema import THETA_NAMES, nside_of
 from data.shards import Tiles
 from data.split import MANIFEST_NAME, read_manifest
 from npe.calibration import calibrate
@@ -81,11 +82,12 @@ def _train(
     on_checkpoint: Callable[[], None],
 ) -> dict[str, Any]:
     options = begun_with(config)
-    options |= {"precision": str(trained.model.dtype).removeprefix("torch."), "compressor": trained.sha256}
+    options |= {"precision": name_of_dtype(trained.model.dtype), "compressor": trained.sha256}
     last = LastCheckpoint(
         folder,
         options,
         CHECKPOINT_NAME,
+        device,
         restart=config.restart,
         seconds_between=config.checkpoint_seconds,
         on_saved=on_checkpoint,
@@ -95,7 +97,7 @@ def _train(
         warn(warning)
     fresh = _read_calibration_tiles(config, data)
     theta_std = np.array(data.norm_stats.theta_std)
-    if not last.goes_on:
+    if not last.read_data(data.fingerprints):
         make_empty_folder(folder)
 
     augment = seeded_generator(config.seed, "npe augment")
@@ -178,7 +180,7 @@ def _train(
         "folder": str(folder),
         "elapsed_s": round(last.elapsed_s(), 1),
         "device": describe_device(device),
-        "precision": str(trained.model.dtype).removeprefix("torch."),
+        "precision": name_of_dtype(trained.model.dtype),
         "versions": versions(),
         "config": asdict(config),
     }
@@ -222,7 +224,7 @@ def fit(
     augment = compressed.train_ds.tiles.augment
     assert augment is not None
     parts: dict[str, Part] = {"optimizer": optimizer} | {f"member {k}": member for k, member in enumerate(members)}
-    at = last.restore(parts, {"augment": augment}, hashes={})  # of the compressor, which is among the options
+    at = last.restore(parts, {"augment": augment})
     with Progress("training the NPE", config.max_epochs, "epochs") as progress, last.saved_when_interrupted():
         progress.advance(at.epoch)
         val_summary, val_theta = compress_all(compressed.val_ds, config.batch_size)  # never augmented: once is enough
@@ -368,6 +370,13 @@ def _read_tiles(
         device=device,
         dtype=trained.model.dtype,
         feed=config.feed,
+        reserve=bytes_of_a_step(
+            trained.config.backbone,
+            trained.model.dtype,
+            config.batch_size,
+            nside_of(manifest.lmax, trained.config.nside),
+            training=False,
+        ),
         noiseless_dir=Path(noiseless_tiles) if noiseless_tiles else None,
         manifest=manifest,
         norm_stats=norm_stats,

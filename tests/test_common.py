@@ -75,29 +75,29 @@ def test_a_checkpoint_that_would_run_code_is_refused_without_running(
     path = tmp_path / "best.ckpt"
     torch.save({"format": 2, "kind": "compressor", "model": _Bomb()}, path)
     with pytest.raises(UserError, match=r"best.ckpt is not a checkpoint of this program"):
-        load_checkpoint(path, "compressor", ("model",))
+        load_checkpoint(path, "compressor", ("model",), "do this")
     assert "ran code" not in capsys.readouterr().out
 
 
 def test_wrong_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "best.ckpt"
-    with pytest.raises(UserError, match=r"best.ckpt does not exist"):
-        load_checkpoint(path, "compressor", ("model",))
+    with pytest.raises(UserError, match=r"best.ckpt does not exist; do this"):
+        load_checkpoint(path, "compressor", ("model",), "do this")
     save_checkpoint(path, "npe", {"model": {"w": torch.ones(2)}})
-    assert torch.equal(load_checkpoint(path, "npe", ("model",))["model"]["w"], torch.ones(2))
+    assert torch.equal(load_checkpoint(path, "npe", ("model",), "")["model"]["w"], torch.ones(2))
     with pytest.raises(UserError, match=r"not a compressor checkpoint"):
-        load_checkpoint(path, "compressor", ("model",))
+        load_checkpoint(path, "compressor", ("model",), "do this")
     with pytest.raises(UserError, match=r"lacks config"):
-        load_checkpoint(path, "npe", ("model", "config"))
+        load_checkpoint(path, "npe", ("model", "config"), "do this")
     content = path.read_bytes()
     path.write_bytes(content[:-100])
     with pytest.raises(UserError, match=r"is not a checkpoint"):
-        load_checkpoint(path, "npe", ("model",))
+        load_checkpoint(path, "npe", ("model",), "do this")
     weights = torch.ones(2).numpy().tobytes()
     assert content.count(weights) == 1
     path.write_bytes(content.replace(weights, torch.tensor([1.0, 1.5]).numpy().tobytes()))
     with pytest.raises(UserError, match=r"its hash does not fit"):
-        load_checkpoint(path, "npe", ("model",))
+        load_checkpoint(path, "npe", ("model",), "do this")
 
 
 @pytest.mark.parametrize("config_class", [MockConfig, CheckConfig, CompressorConfig, NPEConfig])

@@ -37,7 +37,7 @@ def train(folder: Path, n_members: int) -> list[dict[str, torch.Tensor]]:
     compressed = CompressedTileDataModule(splits, MeanCompressor(), seeded_generator(0, "augment"))  # type: ignore[arg-type]
     # So little patience that members stop at different epochs.
     config = NPEConfig(ckpt="none", max_epochs=120, patience=3, learning_rate=1e-2, n_members=n_members)
-    fit(compressed, config, "none", LastCheckpoint(folder, {}, "npe_best.ckpt"), CPU)
+    fit(compressed, config, "none", LastCheckpoint(folder, {}, "npe_best.ckpt", CPU), CPU)
     return [npe.state_dict() for npe in load_npe(folder / "npe_best.ckpt", CPU)]
 
 

@@ -79,7 +79,7 @@ def test_tampered_checkpoints_are_refused_or_equal(tmp_path: Path) -> None:
             changed[rng.integers(len(changed))] ^= 1 << int(rng.integers(8))
         path.write_bytes(changed[: rng.integers(len(changed))] if rng.random() < 0.2 else changed)
         try:
-            found = load_checkpoint(path, "test", ("weights", "config"))
+            found = load_checkpoint(path, "test", ("weights", "config"), "")
         except UserError:
             refused += 1
         else:

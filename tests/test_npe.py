@@ -79,7 +79,7 @@ def test_stage_2_reaches_the_exact_posterior_of_a_linear_gaussian_problem(tmp_pa
     splits = Splits(toy.draw(20_000, 1), toy.draw(4_000, 2), toy.draw(500, 3))
     compressed = CompressedTileDataModule(splits, MeanCompressor(), seeded_generator(0, "augment"))  # type: ignore[arg-type]
     config = NPEConfig(ckpt="none", max_epochs=40, learning_rate=5e-4, n_members=1)
-    fit(compressed, config, "none", LastCheckpoint(tmp_path, {}, "npe_best.ckpt"), CPU)
+    fit(compressed, config, "none", LastCheckpoint(tmp_path, {}, "npe_best.ckpt", CPU), CPU)
 
     npe = load_npe(tmp_path / "npe_best.ckpt", CPU)[0]
     summary, _ = compress_all(compressed.fiducial_ds, 256)
@@ -184,7 +184,7 @@ def test_the_frozen_network_is_bit_identical_after_stage_2(
     compressor.train()  # as a careless caller would hand it over
     splits = Splits(tile_ds, tile_ds, tile_ds)
     compressed = CompressedTileDataModule(splits, compressor, seeded_generator(0, "augment"))  # type: ignore[arg-type]
-    last = LastCheckpoint(tmp_path, {}, "npe_best.ckpt")
+    last = LastCheckpoint(tmp_path, {}, "npe_best.ckpt", CPU)
     fit(compressed, NPEConfig(ckpt="none", max_epochs=3), "none", last, CPU)
     for name, tensor in compressor.state_dict().items():
         assert torch.equal(tensor, before[name]), name
