@@ -1,6 +1,6 @@
 """Check a folder of tiles before training: what the splits share, odd tiles, the fiducial's place in the prior.
 
-python run_check.py --lmax 200 --noise-level des_y3       here; writes nothing
+python run_check.py --lmax 200 --noise-level des_y3       here; leaves the cache that training reads
 modal run run_check.py --lmax 200                         of tiles on the Modal Volume, same options
 """
 

@@ -28,10 +28,12 @@ def report(result: dict[str, Any]) -> None:
     calibration, medians = result["calibration"], result["ensemble"]["fom_fiducial_medians"]
     caveat = " (optimistic: it stopped the training)" if calibration["optimistic"] else ""
     moved = result["augmentation_shift_in_sigma"]["all"]["rms"]
+    std = result["fom_fiducial_std"]  # null for one tile
+    scatter = "" if std is None else f"tile-to-tile scatter {std:.0f}, "
     print(
         f"FoM(Omega_m, S8), lmax {result['lmax']}, {result['noise_level']}, median of "
         f"{len(result['fom_fiducial_all'])} tiles of the fiducial simulation {fiducial['sim_id']}\n"
-        f"fiducial  {result['fom_fiducial_median']:.0f}  tile-to-tile scatter {result['fom_fiducial_std']:.0f}, "
+        f"fiducial  {result['fom_fiducial_median']:.0f}  {scatter}"
         f"median within {fiducial['fom_median_lo_16']:.0f} ... {fiducial['fom_median_hi_84']:.0f} (68 %, "
         f"{fiducial['n_patches']} patches of sky)\n"
         f"test      {result['fom_test_median']:.0f}  median within {result['fom_test_lo_16']:.0f} ... "

@@ -26,7 +26,8 @@ def report(result: dict[str, Any]) -> None:
     """What the user waited for."""
     for row in result["curve"]:
         seeds = "" if row["std_over_seeds"] is None else f"+- {row['std_over_seeds']:.0f} over {row['n_seeds']} seeds, "
-        print(f"lmax {row['lmax']:5d}  FoM {row['fom']:.0f}  {seeds}+- {row['std_over_tiles']:.0f} over tiles")
+        tiles = "" if row["std_over_tiles"] is None else f"+- {row['std_over_tiles']:.0f} over tiles"
+        print(f"lmax {row['lmax']:5d}  FoM {row['fom']:.0f}  {seeds}{tiles}".rstrip(" ,"))
     for point in result["points"]:
         if "error" in point:
             print(f"failed    {point['tag']}: {point['error']}")

@@ -72,6 +72,11 @@ def name_of_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def precision_of(name: str) -> Precision:
+    """The option that a dtype is chosen by, from name_of_dtype."""
+    return next(option for option, dtype in DTYPES.items() if name_of_dtype(dtype) == name)
+
+
 def free_memory_of(device: torch.device) -> int:
     """Bytes that may still be taken there."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()

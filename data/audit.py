@@ -15,9 +15,11 @@ from scipy.sparse.csgraph import connected_components
 from common.artifacts import tiles_folder
 from common.config import CheckConfig
 from common.errors import UserError
-from data.moments import Moments, moments_of, square_symmetries
+from data.band_limit import band_limit_problem
+from data.cache import read_tiles_through_cache
+from data.moments import Moments, square_symmetries
 from data.schema import FACES, PARAM_NAMES
-from data.shards import Tiles, read_orientations, read_tiles
+from data.shards import Tiles, read_orientations
 from data.sky import Orientations, covered_patches, overlap_matrix
 from data.split import make_manifest, split_indices
 
@@ -90,6 +92,7 @@ class Audit:
         partners: for every split but the first, if it has tiles: what an earlier training has seen of it.
         n_variance_outliers: tiles with a bin beyond OUTLIER_SIGMA.
         variance_outliers: the worst of them, each in its worst bin.
+        band_limit: what contradicts their lmax, in words; empty if nothing does.
         ranges: of each parameter over all simulations but the fiducial one: [minimum, maximum].
         fiducial: None if the data set does not have it.
     """
@@ -103,6 +106,7 @@ class Audit:
     partners: dict[str, Partners]
     n_variance_outliers: int
     variance_outliers: list[Outlier]
+    band_limit: str
     ranges: dict[str, list[float]]
     fiducial: Fiducial | None
 
@@ -136,6 +140,8 @@ class Audit:
                 f"{worst.bin} ({self.n_variance_outliers} tiles lie beyond {OUTLIER_SIGMA} robust sigmas); look at "
                 "them and rebuild their shards"
             )
+        if self.band_limit:
+            lines.append(f"the tiles are not what --lmax says: {self.band_limit}; see to --lmax and --tiles-dir")
         if self.fiducial and self.fiducial.outside:
             lines.append(
                 f"the fiducial simulation {self.fiducial.sim_id} lies outside the range of the others in "
@@ -202,6 +208,7 @@ def audit_tiles(
         partners=count_partners(splits, twin_group, None if sky is None else patch),
         n_variance_outliers=len(outliers),
         variance_outliers=outliers[:N_LISTED],
+        band_limit="" if orientations == () else band_limit_problem(tiles.kappa, tiles.lmax),
         ranges=ranges,
         fiducial=_fiducial(fiducial_sim_id, tiles.params[is_fiducial], ranges, patch[is_fiducial]),
     )
@@ -369,7 +376,7 @@ def check_tiles(config: CheckConfig, on_checkpoint: Callable[[], None] = lambda:
 
     Args:
         config: all options.
-        on_checkpoint: never called, because nothing is written.
+        on_checkpoint: called at the end: the cache of the tiles may be new (Modal commits its Volume).
 
     Returns:
         what Audit.to_json gives, and warnings, folder, elapsed_s.
@@ -379,11 +386,12 @@ def check_tiles(config: CheckConfig, on_checkpoint: Callable[[], None] = lambda:
     """
     start = time.monotonic()
     folder = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level)
-    tiles = read_tiles(folder, config.lmax, config.noise_level, config.nside)
+    tiles, moments = read_tiles_through_cache(folder, config.lmax, config.noise_level, config.nside)
     manifest = make_manifest(tiles, config.split_seed, config.split_by, config.fiducial_sim_id)
     orientations = read_orientations(folder, config.geometry)
     splits = split_indices(manifest, tiles, folder)
-    audit = audit_tiles(tiles, moments_of(tiles.kappa), splits, config.fiducial_sim_id, orientations)
+    audit = audit_tiles(tiles, moments, splits, config.fiducial_sim_id, orientations)
+    on_checkpoint()
     return {
         **audit.to_json(),
         "warnings": audit.warnings(),

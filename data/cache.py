@@ -31,7 +31,7 @@ from data.schema import N_BINS, nside_of
 from data.shards import TileIndex, Tiles, digests_of, read_index, read_pixels, read_tiles, shard_paths
 
 FOLDER, PIXELS, LABELS, LOCK = "cache", "tiles.f32", "tiles.npz", "lock"
-FORMAT = 3
+FORMAT = 4
 HASHING_THREADS = 4  # hashlib lets go of the interpreter
 DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 

@@ -288,15 +288,25 @@ def read_signal(folder: Path, tiles: Tiles) -> Tiles:
     if not (np.array_equal(signal.keys, tiles.keys) and np.array_equal(signal.params, tiles.params)):
         raise UserError(f"--noiseless-tiles {folder} holds other simulations than the tiles; make both from one suite")
     some = np.linspace(0, len(tiles.keys) - 1, SIGNALS_CHECKED).astype(int)
-    clean, total = (one.kappa[some].astype(np.float64) for one in (signal, tiles))  # (m, 4, N, N)
-    clean -= clean.mean(axis=(0, 2, 3), keepdims=True)
-    slope = (clean * (total - clean)).sum(axis=(0, 2, 3)) / np.square(clean).sum(axis=(0, 2, 3))  # (4,)
-    if not (np.abs(slope) <= NOT_NOISE).all():
+    if not (np.abs(slope_on_signal(tiles.kappa[some], signal.kappa[some])) <= NOT_NOISE).all():
         raise UserError(
             f"--noiseless-tiles {folder}: the tiles are not these ones with noise added; make both from one suite, "
             "with the same --seed"
         )
     return signal
+
+
+def slope_on_signal(kappa: np.ndarray, signal: np.ndarray) -> np.ndarray:
+    """How much of a bin's signal is in the difference from it, (4,): cov(kappa - signal, signal) / var(signal).
+
+    0 where the difference is noise, give or take the noise's rms over the signal's and the root of the number of modes;
+    -1 where kappa is another sky.
+
+    Args:
+        kappa, signal: tiles (m, 4, N, N).
+    """
+    clean = signal - signal.mean(axis=(0, 2, 3), keepdims=True, dtype=np.float64)
+    return (clean * (kappa - clean)).sum(axis=(0, 2, 3)) / np.square(clean).sum(axis=(0, 2, 3))
 
 
 def whole_dataset(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +35,7 @@ METADATA_KEY = "mock_suite"  # of the JSON that says how the mock suite made a s
 INGEST_KEY = "ingest"  # likewise of those that were made from lightcones or maps
 CONTENT_KEY = "content_sha256"  # of the hash of all rows; every shard that we write has it, published ones do not
 ORIENTATIONS_KEY = "orientations_zyz_deg"  # in it: data.sky.Orientations, or null for tiles without a common sky
+CONFIGURATION = re.compile(r"lmax_(\d+)_")  # how the folder of a published configuration begins
 BUFFER_SIZE = 1 << 20  # bytes read from the file at a time, in place of whole column chunks
 
 
@@ -289,6 +292,36 @@ def description_of(path: Path) -> str | None:
     return None if text is None else _text(text)
 
 
+def check_lmax(path: Path, lmax: int) -> None:
+    """Compare with the lmax that a shard states, or else, as published ones do not, the name of its folder.
+
+    Several lmax have the same number of pixels.
+
+    Raises:
+        UserError: it is another one.
+    """
+    stated = _description(path).get("lmax")
+    where = path
+    if stated is None and (name := CONFIGURATION.match(path.resolve().parent.name)):
+        stated, where = int(name[1]), path.parent
+    if stated not in (None, lmax):
+        raise UserError(
+            f"{where} holds tiles of lmax {stated}, where {lmax} is due; give their lmax, or another folder of tiles"
+        )
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """How we made a shard; empty if we did not.
+
+    Raises:
+        UserError: it does not say so in JSON.
+    """
+    try:
+        return dict(json.loads(description_of(path) or "{}"))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} does not say in JSON how it was made; make it again") from None
+
+
 def read_orientations(folder: Path, geometry: TileGeometry = "auto") -> Orientations | None:
     """Where the tiles of a folder lie: as the named geometry, or ("auto") its first shard says.
 
@@ -297,13 +330,13 @@ def read_orientations(folder: Path, geometry: TileGeometry = "auto") -> Orientat
     if geometry != "auto":
         return ORIENTATIONS[geometry]
     first = min(folder.glob("shard_*.parquet"), default=folder)
+    description = _description(first)
+    if ORIENTATIONS_KEY not in description:
+        return None
     try:
-        description = json.loads(description_of(first) or "{}")
-        if ORIENTATIONS_KEY not in description:
-            return None
         return tuple((float(a), float(b), float(c)) for a, b, c in description[ORIENTATIONS_KEY] or ())  # ZYZ
     except (ValueError, TypeError):
-        raise UserError(f"{first} does not say in JSON how it was made; make it again") from None
+        raise UserError(f"{first} does not say where its tiles lie; make it again") from None
 
 
 @contextmanager
@@ -332,6 +365,7 @@ def _read_labels(path: Path, lmax: int, noise_level: str) -> tuple[np.ndarray, n
         metadata = {_text(key): _text(value) for key, value in (file.metadata.metadata or {}).items()}
     if {METADATA_KEY, INGEST_KEY} & metadata.keys() and CONTENT_KEY not in metadata:
         raise UserError(f"{path} was made here but carries no hash of its rows; make it again (--restart)")
+    check_lmax(path, lmax)
     for name in table.column_names:
         wanted = pa.types.is_integer if name in KEY_NAMES else pa.types.is_floating if name in PARAM_NAMES else _is_text
         if not wanted(table.schema.field(name).type):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from common.errors import UserError
 from data.schema import KEY_NAMES, N_BINS, PARAM_NAMES
-from data.shards import Tiles, empty_kappa, kappa_of_shard
+from data.shards import Tiles, check_lmax, empty_kappa, kappa_of_shard
 
 MAX_SHARE_OF_ZEROS = 1e-3  # convergence is a real number: many exact zeros are a mask
 UNSEEN = -1.6375e30  # HEALPix' mark of a pixel that was not observed
@@ -45,6 +45,7 @@ def read_single_tiles(path: Path, lmax: int, nside: int) -> SingleTiles:
 
 
 def _of_shard(path: Path, lmax: int, nside: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    check_lmax(path, lmax)
     chunks = list(kappa_of_shard(path, nside, lmax))
     kappa = empty_kappa(sum(map(len, chunks)), nside)
     np.concatenate(chunks, out=kappa)

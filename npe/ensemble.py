@@ -10,6 +10,7 @@ import torch
 
 from common.device import seeded_generator
 from common.early_stopping import EarlyStopping
+from npe.fom import scatter
 from npe.model import GaussianNPE, Posterior
 
 
@@ -85,7 +86,7 @@ def ensemble_to_json(posteriors: list[Posterior]) -> dict[str, Any]:
     return {
         "n_members": len(posteriors),
         "fom_fiducial_medians": medians,
-        "fom_fiducial_medians_std": float(np.std(medians, ddof=1)) if len(medians) > 1 else None,
+        "fom_fiducial_medians_std": scatter(np.array(medians)),
         "mixture": {
             "fom_fiducial_median": float(np.median(mixed.fom)),
             "fom_fiducial_all": mixed.fom.tolist(),

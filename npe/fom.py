@@ -28,6 +28,11 @@ def bootstrap_median(values: np.ndarray, group: np.ndarray, rng: np.random.Gener
     return np.array([np.median(np.concatenate([groups[g] for g in pick])) for pick in picks])
 
 
+def scatter(values: np.ndarray) -> float | None:
+    """Sample standard deviation of values (n,); None for one alone, which has none."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
 def augmentation_shift(
     dataset: CompressedTileDataset,
     posterior: Posterior,

@@ -32,7 +32,7 @@ def _ellipse(mu: np.ndarray, cov: np.ndarray, radius: float, **style: Any) -> El
 
 def draw_fom(posterior: Posterior, theta_true: np.ndarray, result: dict[str, Any], path: Path) -> None:
     """Left, the posteriors of the fiducial tiles over the truth; right, their FoMs with median and scatter."""
-    median, scatter = result["fom_fiducial_median"], result["fom_fiducial_std"]
+    median, scatter = result["fom_fiducial_median"], result["fom_fiducial_std"] or 0.0  # null for one tile
     n = len(posterior.fom)
     with figure(path, 9.6, 4.4) as drawn:
         left, right = drawn.subplots(1, 2, width_ratios=(1.15, 1))
@@ -51,13 +51,15 @@ def draw_fom(posterior: Posterior, theta_true: np.ndarray, result: dict[str, Any
         left.set_title(f"Fiducial simulation, lmax {result['lmax']}, {result['noise_level']}")
         left.legend(loc="upper right")
 
-        right.axhspan(median - scatter, median + scatter, color=BLUE, alpha=0.12, lw=0, label="tile-to-tile scatter")
+        if n > 1:
+            band = (median - scatter, median + scatter)
+            right.axhspan(*band, color=BLUE, alpha=0.12, lw=0, label="tile-to-tile scatter")
         right.axhline(median, color=BLUE, label=f"median {median:.0f}")
         right.plot(np.arange(n), posterior.fom, "o", color=ORANGE, ms=6, label="one tile")
         right.set_ylim(0, 1.3 * max(posterior.fom.max(), median + scatter))
         right.set_xticks(np.arange(n))
         right.set(xlabel="fiducial tile", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
-        right.set_title(f"FoM {median:.0f} ± {scatter:.0f}")
+        right.set_title(f"FoM {median:.0f}" + (f" ± {scatter:.0f}" if n > 1 else ""))
         right.legend(loc="lower right")
 
 
@@ -145,8 +147,9 @@ def draw_predictions(posterior: Posterior, ordinary: np.ndarray, theta: np.ndarr
 def draw_curve(curve: list[dict[str, Any]], points: list[dict[str, Any]], noise_level: str, path: Path) -> None:
     """FoM against lmax: every run, the mean over seeds with their scatter, and the scatter from tile to tile."""
     lmax = np.array([row["lmax"] for row in curve])
-    fom, tiles = (np.array([row[name] for row in curve]) for name in ("fom", "std_over_tiles"))
-    seeds = np.array([row["std_over_seeds"] or 0.0 for row in curve])
+    fom, tiles, seeds = (  # a scatter is null for one tile or seed
+        np.array([row[name] or 0.0 for row in curve]) for name in ("fom", "std_over_tiles", "std_over_seeds")
+    )
     finished = [point for point in points if "error" not in point]
     with figure(path, 6.4, 4.4) as drawn:
         axes = drawn.subplots()

@@ -12,7 +12,7 @@ import torch
 
 from common.artifacts import COMPRESSOR_RUNS, atomic_path, make_empty_folder, read_sealed, write_json
 from common.config import PredictConfig
-from common.device import describe_device, pick_device, versions
+from common.device import describe_device, pick_device, precision_of, versions
 from common.errors import UserError, warn
 from compress.model import TrainedCompressor, load_compressor
 from data.module import whole_dataset
@@ -134,7 +134,8 @@ def _compressor_of(stage_2: dict[str, Any], run: Path, device: torch.device) -> 
     places = [Path(stage_2["config"]["ckpt"]), run.resolve().parent.parent / COMPRESSOR_RUNS / named]
     for path in places:
         if path.exists():
-            trained = load_compressor(path, device, stage_2["config"]["precision"])
+            # Not as the option says: `auto` may mean another one here.
+            trained = load_compressor(path, device, precision_of(stage_2["precision"]))
             if trained.sha256 == stage_2["compressor"]["sha256"]:
                 return trained, path.parent
     raise UserError(f"the compressor of {run} ({named}) is neither {places[0]} nor {places[1]}; put it back")

@@ -93,6 +93,10 @@ def write_report(result: dict[str, Any], folder: Path, compressor_run: Path) -> 
 # ---------------------------------------------------------------- sections
 
 
+def _scatter(std: float | None) -> str:
+    return "one tile has no scatter" if std is None else f"scatter from tile to tile: {std:.0f}"
+
+
 def _headline(title: str, result: dict[str, Any]) -> str:
     fiducial, calibration, ensemble = result["fiducial"], result["calibration"], result["ensemble"]
     n_tiles, n_patches = len(result["fom_fiducial_all"]), fiducial["n_patches"]
@@ -123,7 +127,7 @@ def _headline(title: str, result: dict[str, Any]) -> str:
         f'<div class="fom"><b>{result["fom_fiducial_median"]:.0f}</b>'
         f"<span>median of the {n_tiles} tiles of simulation {fiducial['sim_id']}, which no training saw<br>"
         f"68 % of the median: {fiducial['fom_median_lo_16']:.0f} … {fiducial['fom_median_hi_84']:.0f}, from "
-        f"{n_patches} distinct patches of sky; scatter from tile to tile: {result['fom_fiducial_std']:.0f}</span></div>"
+        f"{n_patches} distinct patches of sky; {_scatter(result['fom_fiducial_std'])}</span></div>"
         '<p class="grey">FoM = 1/√det Cov(Omega_m, S8), in physical units.</p>'
         f'<div class="cards">{"".join(cards)}</div>'
     )

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.artifacts import claimed, compressor_folder, npe_folder, read_sealed, sweep_folder, write_json
-from common.config import ResultsOptions, SweepConfig, SweepRun, begun_with, difference
+from common.artifacts import (
+    claimed,
+    compressor_folder,
+    npe_folder,
+    read_sealed,
+    sha256_of_file,
+    sweep_folder,
+    tiles_folder,
+    write_json,
+)
+from common.config import CompressorConfig, NPEConfig, SweepConfig, SweepRun, begun_with, difference
+from common.device import versions
 from common.errors import UserError, say
 from compress.model import CHECKPOINT_NAME
 from compress.train import RESULT_NAME as COMPRESSOR_RESULT_NAME
 from compress.train import train_compressor
+from data.cache import read_tiles_through_cache
+from data.schema import NOISELESS
+from data.split import fingerprint_of
+from npe.fom import scatter
 from npe.pictures import draw_curve
 from npe.train import RESULT_NAME, train_npe
 
@@ -35,11 +50,13 @@ def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -
     point: dict[str, Any] = {"lmax": run.lmax, "seed": run.seed, "tag": run.tag}
     try:
         compressor, folder = run.compressor(), compressor_folder(run.sweep.results_dir, run.tag)
-        if not _finished(folder / COMPRESSOR_RESULT_NAME, compressor):
+        if not _finished(folder / COMPRESSOR_RESULT_NAME, compressor, compressor):
             train_compressor(compressor, on_checkpoint)
         npe = run.npe(str(folder / CHECKPOINT_NAME))
         result_path = npe_folder(run.sweep.results_dir, run.tag) / RESULT_NAME
-        if not _finished(result_path, npe):
+        if _is_of_another_compressor(result_path, npe):  # stage 1 was made anew
+            npe = replace(npe, restart=True)
+        if not _finished(result_path, npe, compressor):
             train_npe(npe, on_checkpoint)
         result = read_sealed(result_path, "stage 2")
         keys = ("fom_fiducial_median", "fom_fiducial_std", "fom_test_median")
@@ -50,19 +67,44 @@ def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -
         return point | {"error": f"{kind}{error}"}
 
 
-def _finished(path: Path, config: ResultsOptions) -> bool:
-    """Whether a stage has its result, from the same options.
+def _finished(path: Path, config: CompressorConfig | NPEConfig, compressor: CompressorConfig) -> bool:
+    """Whether a stage has its result, from the same options and data, and is not to be made anew.
 
     Raises:
         UserError: it has one from others.
     """
-    if not path.exists():
+    if config.restart or not path.exists():
         return False
-    names = begun_with(config)
-    there = read_sealed(path, "this stage")["config"]
-    if differs := difference({name: there.get(name) for name in names}, names):
-        raise UserError(f"{path} was made with other options ({differs}); give the same, or another --name")
+    there, names = read_sealed(path, "this stage"), begun_with(config)
+    differs = difference({name: there["config"].get(name) for name in names}, names)
+    if not differs:
+        differs = difference(there["fingerprints"], _fingerprints(config, compressor))
+    if differs:
+        raise UserError(
+            f"{path} was made from others ({differs}); give the same, --restart in the quotes, or another --name"
+        )
     return True
+
+
+def _fingerprints(config: CompressorConfig | NPEConfig, compressor: CompressorConfig) -> dict[str, str | None]:
+    """Of the tiles that a stage would read now, as its result has them."""
+    level = compressor.noise_level
+
+    def of(folder: str | Path, noise_level: str) -> str | None:
+        if not folder:
+            return None
+        return fingerprint_of(read_tiles_through_cache(Path(folder), compressor.lmax, noise_level, compressor.nside)[0])
+
+    tiles = tiles_folder(config.tiles_dir or compressor.tiles_dir, config.results_dir, compressor.lmax, level)
+    found = {
+        "tiles": of(tiles, level),
+        "noiseless_tiles": of(config.noiseless_tiles or compressor.noiseless_tiles, NOISELESS),
+    }
+    return found | ({"calibration_tiles": of(config.calibration_tiles, level)} if isinstance(config, NPEConfig) else {})
+
+
+def _is_of_another_compressor(path: Path, npe: NPEConfig) -> bool:
+    return path.exists() and read_sealed(path, "stage 2")["compressor"]["sha256"] != sha256_of_file(Path(npe.ckpt))
 
 
 def run_sweep(
@@ -79,7 +121,8 @@ def run_sweep(
 
     Returns:
         the content of fom_vs_lmax.json: `points`, `curve` (per lmax the mean over seeds `fom`, its scatter over seeds
-        `std_over_seeds` and the mean scatter over tiles `std_over_tiles`), `failed`, `folder`.
+        `std_over_seeds` and the mean scatter over tiles `std_over_tiles`, null for one seed or tile), `failed`,
+        `folder`, `versions`.
 
     Raises:
         UserError: no point at all succeeded.
@@ -101,8 +144,8 @@ def run_sweep(
                     "lmax": lmax,
                     "n_seeds": len(group),
                     "fom": float(np.mean(medians)),
-                    "std_over_seeds": float(np.std(medians, ddof=1)) if len(group) > 1 else None,
-                    "std_over_tiles": float(np.mean([point["fom_fiducial_std"] for point in group])),
+                    "std_over_seeds": scatter(np.array(medians)),
+                    "std_over_tiles": _mean([point["fom_fiducial_std"] for point in group]),
                     "s": float(np.mean([point["s"] for point in group])),
                 }
             )
@@ -112,9 +155,15 @@ def run_sweep(
             "points": found,
             "failed": [point["tag"] for point in found if "error" in point],
             "folder": str(folder),
+            "versions": versions(),
         }
         folder.mkdir(parents=True, exist_ok=True)
         draw_curve(curve, found, config.noise_level, folder / PICTURE_NAME)
         write_json(folder / CURVE_NAME, result)
     on_checkpoint()
     return result
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

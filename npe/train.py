@@ -34,11 +34,11 @@ from data.module import TileDataModule, batches, names_of_batch, whole_dataset
 from data.norm_stats import NORM_STATS_NAME, read_norm_stats
 from data.schema import THETA_NAMES, nside_of
 from data.shards import Tiles
-from data.split import MANIFEST_NAME, read_manifest
+from data.split import MANIFEST_NAME, fingerprint_of, read_manifest
 from npe.calibration import calibrate
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all
 from npe.ensemble import Member, ensemble_to_json, make_members
-from npe.fom import augmentation_shift, bootstrap_median
+from npe.fom import augmentation_shift, bootstrap_median, scatter
 from npe.likeness import REFERENCE_NAME, Reference, look_at, save_reference
 from npe.model import CHECKPOINT_NAME, GaussianNPE, Posterior, load_npe, predict_posterior, save_npe
 from npe.pictures import draw_calibration, draw_fom, draw_tiles
@@ -127,7 +127,7 @@ def _train(
         "lmax": trained.config.lmax,
         "noise_level": trained.config.noise_level,
         "fom_fiducial_median": float(np.median(fiducial.fom)),
-        "fom_fiducial_std": float(np.std(fiducial.fom, ddof=1)),
+        "fom_fiducial_std": scatter(fiducial.fom),
         "fom_fiducial_all": fiducial.fom.tolist(),
         "fom_test_median": float(np.median(test.fom)),
         "fom_test_lo_16": float(np.percentile(test_median, 16)),
@@ -177,6 +177,7 @@ def _train(
         },
         "reference_sha256": save_reference(folder / REFERENCE_NAME, reference),
         "manifest_sha256": data.manifest.sha256,
+        "fingerprints": data.fingerprints | {"calibration_tiles": None if fresh is None else fingerprint_of(fresh)},
         "folder": str(folder),
         "elapsed_s": round(last.elapsed_s(), 1),
         "device": describe_device(device),

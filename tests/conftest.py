@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import MockConfig
-from data.mock.suite import build_suite
-from data.schema import PARAM_NAMES
+from common.config import MockConfig, NoiseLevel
+from data.mock.cosmology import design
+from data.mock.suite import Simulation, build_suite, simulate
+from data.schema import PARAM_NAMES, nside_of
 from data.shards import Tiles, open_shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,17 @@ def make_tiles(n_sims: int, nside: int, lmax: int, seed: int = 0, noise_level: s
     per_sim[:, 2] = per_sim[:, 1] * np.sqrt(per_sim[:, 0] / 0.3)
     kappa = rng.standard_normal((len(keys), 4, nside, nside)).astype(np.float32)
     return Tiles(kappa, keys, np.repeat(per_sim, 12, axis=0), lmax, noise_level)
+
+
+def simulated(
+    lmax: int, noise_level: NoiseLevel, geometry: str = "disjoint", n_sims: int = 2, seed: int = 1
+) -> np.ndarray:
+    """Tiles (12 n_sims, 4, N, N) of mock simulations."""
+    sim_ids, cosmologies = design(n_sims, 42, 109, "all")
+    rest = ("lognormal", noise_level, lmax, nside_of(lmax), geometry, seed)
+    return np.concatenate(
+        [simulate(Simulation(int(i), cosmo, *rest)) for i, cosmo in zip(sim_ids, cosmologies, strict=True)]
+    )
 
 
 def write_tiles(folder: Path, tiles: Tiles, rows_per_shard: int, metadata: dict[str, str] | None = None) -> None:

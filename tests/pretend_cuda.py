@@ -1,9 +1,9 @@
 """A GPU that is not there: tensors that say they are on cuda:0, computed with on the CPU, and refused where they mix.
 
-torch's own FakeTensorMode computes no values, so nothing that stops, saves or goes on by them can run in it, and it lets
-0-dimensional tensors of the CPU into `stack`. Here every tensor is an ordinary one of the CPU, and a list says which of
-them pretend: so the results are those of the CPU to the bit, and an operation on tensors of both kinds is the error
-that a GPU would make of it. Copies that a GPU would make its caller wait for are counted.
+torch's own FakeTensorMode computes no values, so nothing that stops, saves or goes on by them can run in it, and it
+lets 0-dimensional tensors of the CPU into `stack`. Here every tensor is an ordinary one of the CPU, and a list says
+which of them pretend: so the results are those of the CPU to the bit, and an operation on tensors of both kinds is the
+error that a GPU would make of it. Copies that a GPU would make its caller wait for are counted.
 
 Only a real GPU shows what its kernels compute, how fast, and how much memory they take: `make gpu`.
 """
@@ -96,11 +96,14 @@ class _Functions(TorchFunctionMode):
         if func is torch.Tensor.to:
             named = [a for a in (*args[1:], kwargs.get("device")) if isinstance(a, (str, torch.device))]
             if named:
-                moved = cuda.move(args[0], torch.device(named[0]), bool(kwargs.get("non_blocking", args[3:4] == (True,))))
+                moved = cuda.move(
+                    args[0], torch.device(named[0]), bool(kwargs.get("non_blocking", args[3:4] == (True,)))
+                )
                 dtypes = [a for a in (*args[1:], kwargs.get("dtype")) if isinstance(a, torch.dtype)]
                 return moved.to(dtypes[0]) if dtypes else moved
-        before, cuda.made_there = cuda.made_there, any(
-            leaf in cuda.there for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        before, cuda.made_there = (
+            cuda.made_there,
+            any(leaf in cuda.there for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)),
         )
         try:
             return func(*args, **kwargs)
@@ -126,9 +129,7 @@ class _Operations(TorchDispatchMode):
         made_there |= not tensors and cuda.made_there
         there = [tensor for tensor in tensors if tensor in cuda.there]
         here = [t for t in tensors if t not in cuda.there and (t.dim() > 0 or name in STRICT)]
-        if name == "copy_" and there and here:
-            cuda.waits.append(name)
-        elif name in INDEXING and there and args[0] in cuda.there and here:
+        if (name == "copy_" and there and here) or (name in INDEXING and there and args[0] in cuda.there and here):
             cuda.waits.append(name)
         elif there and here:
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu")
@@ -147,7 +148,9 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
     """Within, cuda:0 can be computed on."""
     cuda = PretendCuda()
     with monkeypatch.context() as patch, _Functions(cuda), _Operations(cuda):
-        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: cuda.pin(tensor))  # in the thread that reads ahead as well
+        patch.setattr(
+            torch.Tensor, "pin_memory", lambda tensor: cuda.pin(tensor)
+        )  # in the thread that reads ahead as well
         patch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor in cuda.pinned)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -225,7 +226,10 @@ def test_the_fiducial_is_inside_up_to_the_edge_and_named_where_it_is_not() -> No
 # ---------------------------------------------------------------- command
 
 
-def test_the_command_reports_and_warns_and_writes_nothing(run_command: Callable, published_dir: Path) -> None:
+def test_the_command_reports_and_warns_and_leaves_the_cache_that_training_reads(
+    run_command: Callable, published_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(published_dir / "cache", ignore_errors=True)
     before = sorted(published_dir.rglob("*"))
     code, out, err = run_command("run_check.py", *SMALL, "--tiles-dir", published_dir)
     partners = partners_by_name("tile", 60)[0]["npe_train"]
@@ -236,7 +240,9 @@ def test_the_command_reports_and_warns_and_writes_nothing(run_command: Callable,
     [warning] = [line for line in err.splitlines() if line.startswith("warning")]
     for text in (f"{partners.twin_or_sky_fraction:.0%}", "--split-by sim", "--geometry disjoint"):
         assert text in warning
-    assert sorted(published_dir.rglob("*")) == before
+    assert sorted(path for path in published_dir.rglob("*") if "cache" not in path.parts) == before
+    monkeypatch.setattr("data.cache.read_index", None)  # the tiles are mapped now: a large suite stays on the disk
+    assert run_command("run_check.py", *SMALL, "--tiles-dir", published_dir)[0] == 0
     code, _, err = run_command("run_check.py", *SMALL, "--tiles-dir", published_dir, "--split-by", "sim")
     assert code == 0
     assert "warning" not in err

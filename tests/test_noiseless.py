@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiles, write_tiles
+from conftest import make_tiles, simulated, write_tiles
 
-from common.config import Feed, MockConfig
+from common.config import Feed, MockConfig, NoiseLevel
 from common.errors import UserError
 from data.mock.suite import build_suite
-from data.module import TileDataModule, batches
+from data.module import NOT_NOISE, TileDataModule, batches, slope_on_signal
 from data.schema import noise_cl
 from data.shards import read_tiles
 
@@ -82,6 +82,18 @@ def test_a_mock_suite_and_its_noiseless_twin_differ_by_noise_of_the_stated_power
     ell = np.arange(LMAX + 1)
     expected = noise_cl("des_y3") * (2 * ell + 1).sum() / (4 * np.pi)  # (4,) variance of white noise up to lmax
     np.testing.assert_allclose(noise.var(axis=(0, 2, 3)), expected, rtol=0.02)
+
+
+@pytest.mark.parametrize("noise_level", ["lsst_y10", "des_y3", "des_y3_survey"])
+@pytest.mark.parametrize("lmax", [32, 100])
+def test_noise_is_known_from_another_sky_however_weak_it_is(lmax: int, noise_level: NoiseLevel) -> None:
+    for seed in range(6):
+        noisy, clean, other = (
+            simulated(lmax, level, n_sims=6, seed=s)
+            for level, s in ((noise_level, seed), ("noiseless", seed), ("noiseless", seed + 100))
+        )
+        assert np.abs(slope_on_signal(noisy, clean)).max() < 0.5 * NOT_NOISE
+        assert (slope_on_signal(noisy, other) < -1.5 * NOT_NOISE).all()
 
 
 @pytest.mark.parametrize("change", ["sky", "simulations", "fewer"])

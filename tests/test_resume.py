@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from conftest import ROOT, SMALL_LMAX, SMALL_SUITE
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 
 from common import interrupt
+from common.checkpoint import load_checkpoint, save_checkpoint
 from common.config import CompressorConfig, MockConfig, NPEConfig
 from common.errors import UserError
-from common.resume import LastCheckpoint
+from common.resume import KIND, LastCheckpoint
 from compress.train import train_compressor
 from data.mock.suite import build_suite
 from data.module import TileDataset
@@ -252,8 +254,61 @@ def test_other_tiles_are_refused(small_suite: Path, tmp_path: Path, stop_at: Cal
         train_compressor(config)
     stop_at(-1)
     build_suite(MockConfig(results_dir=str(tmp_path), **{**SMALL_SUITE, "seed": 43}, restart=True))
-    with pytest.raises(UserError, match=r"--tiles [0-9a-f]{12} there"):
+    folder = tmp_path / "field_compressor_runs" / "t"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=r"--tiles [0-9a-f]{12} there, [0-9a-f]{12} here"):
         train_compressor(config)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # its files still fit each other
+    again = train_compressor(replace(config, restart=True))
+    fresh = train_compressor(replace(config, tag="fresh"))
+    assert again["val_mse"] == fresh["val_mse"]
+
+
+def test_restart_starts_over_from_a_training_of_another_version(
+    small_suite: Path, tmp_path: Path, stop_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose options are the same, but not its parts: what was put back before that was seen must not stay."""
+    shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
+    config = CompressorConfig(
+        results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=2, tag="t",
+        batch_size=100,
+    )  # fmt: skip
+    stop_at(3)
+    with pytest.raises(interrupt.Interrupted):
+        train_compressor(config)
+    stop_at(-1)
+    path = tmp_path / "field_compressor_runs" / "t" / "last.ckpt"
+    content = load_checkpoint(path, KIND, (), "")
+    del content["state"]["generators"]["theta noise"]  # after the model and the optimiser
+    save_checkpoint(path, KIND, content)
+    with pytest.raises(UserError, match=r"does not fit this version's training; add --restart"):
+        train_compressor(config)
+    again = train_compressor(replace(config, restart=True))
+    fresh = train_compressor(replace(config, tag="fresh"))
+    assert again["val_mse"] == fresh["val_mse"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_tiles_without_noise_that_are_left_out_or_added_on_resuming_are_refused(
+    stage: int, small_suite: Path, tmp_path: Path, stop_at: Callable[[int], None]
+) -> None:
+    shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
+    first = CompressorConfig(
+        results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=2, tag="t",
+        batch_size=100,
+    )  # fmt: skip
+    if stage == 2:
+        train_compressor(first)
+    second = NPEConfig(ckpt=str(tmp_path / "field_compressor_runs/t/best.ckpt"), max_epochs=2, batch_size=50)
+    config, train = (first, train_compressor) if stage == 1 else (second, train_npe)
+    with_signal = replace(config, noiseless_tiles=str(tmp_path / "tiles" / f"lmax_{SMALL_LMAX}_noiseless"))
+    for begun, resumed in ((config, with_signal), (with_signal, config)):
+        stop_at(3)
+        with pytest.raises(interrupt.Interrupted):
+            train(replace(begun, restart=True))  # type: ignore[arg-type]
+        stop_at(-1)
+        with pytest.raises(UserError, match=r"--noiseless-tiles (None|[0-9a-f]{12}) there, (None|[0-9a-f]{12}) here"):
+            train(resumed)  # type: ignore[arg-type]
 
 
 def test_stage_2_stopped_while_it_judges_goes_on(

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SMALL_LMAX, SMALL_SUITE
@@ -75,3 +76,48 @@ def test_senseless_sweeps_are_refused_before_anything_runs(options: dict[str, st
         return
     with pytest.raises(UserError, match=named):
         SweepConfig(**options)
+
+
+def test_a_point_is_finished_only_for_the_same_data_and_compressor_and_without_restart(
+    tmp_path: Path, run_command: Callable
+) -> None:
+    folders = {
+        name: build_suite(MockConfig(**SMALL_SUITE, tiles_dir=str(tmp_path / name), seed=seed))["folder"]
+        for name, seed in (("one", 1), ("other", 2), ("fresh", 3))
+    }
+    options = ["--results-dir", tmp_path, "--lmax", SMALL_LMAX, "--seeds", 1, "--noise-level", "noiseless"]
+
+    def sweep(stage_1: str, stage_2: str = "") -> tuple[int, str]:
+        code, _, err = run_command(
+            "run_sweep.py", *options, "--stage-1", f"{STAGE_1} {stage_1}", "--stage-2", f"{STAGE_2} {stage_2}"
+        )
+        return code, err
+
+    def result() -> dict[str, Any]:
+        return json.loads((tmp_path / f"field_npe_runs/sweep_lmax{SMALL_LMAX}_seed42/fom_result.json").read_text())
+
+    assert sweep(f"--tiles-dir {folders['one']}")[0] == 0
+    first = result()
+    assert sweep(f"--tiles-dir {folders['one']}")[0] == 0
+    assert result() == first
+    for stage_1, stage_2, named in (
+        (f"--tiles-dir {folders['other']}", "", "--tiles "),
+        (f"--tiles-dir {folders['one']} --noiseless-tiles {folders['one']}", "", "--noiseless-tiles None there"),
+        (f"--tiles-dir {folders['one']}", f"--noiseless-tiles {folders['one']}", "--noiseless-tiles None there"),
+        (f"--tiles-dir {folders['one']}", f"--calibration-tiles {folders['fresh']}", "--calibration-tiles None there"),
+    ):
+        code, err = sweep(stage_1, stage_2)
+        assert code == 2
+        assert "was made from others" in err
+        assert named in err
+    build_suite(MockConfig(**SMALL_SUITE, tiles_dir=folders["one"], seed=4, restart=True))
+    code, err = sweep(f"--tiles-dir {folders['one']}")
+    assert code == 2
+    assert "--tiles " in err  # made anew at the same path
+    assert result() == first
+
+    assert sweep(f"--tiles-dir {folders['one']} --restart")[0] == 0  # and stage 2 after it, for its new compressor
+    second = result()
+    assert second["fingerprints"]["tiles"] != first["fingerprints"]["tiles"]
+    assert second["compressor"]["sha256"] != first["compressor"]["sha256"]
+    assert second["fom_fiducial_median"] != first["fom_fiducial_median"]
