@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.measure import processor
-from common.device import pick_device, versions
+from common.device import pick_device
+from common.versions import versions
 from compress.model import FieldLevelCompressor
 from data.schema import LMAX_TO_NSIDE, N_BINS, TILES_PER_SIM
 

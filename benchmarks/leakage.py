@@ -23,12 +23,13 @@ import numpy as np
 import torch
 
 from common.artifacts import compressor_folder, npe_folder, tiles_folder, write_json
-from common.device import describe_device, pick_device, versions
+from common.device import describe_device, pick_device
 from common.progress import Progress
+from common.versions import versions
 from compress.model import load_compressor
 from compress.train import predict
 from data.mock.cosmology import FIDUCIAL, params_of
-from data.mock.suite import Simulation, simulate
+from data.mock.simulation import Simulation, simulate
 from data.mock.theory import COSMO_NAMES
 from data.module import TileDataset, whole_dataset
 from data.norm_stats import read_norm_stats

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from common.artifacts import write_json
-from common.device import describe_device, versions
+from common.device import describe_device
 from common.progress import Progress
+from common.versions import versions
 
 ROUNDS = 5  # that count; one before them warms up
 

@@ -1,6 +1,6 @@
 """The mock suite against its transforms and rotations alone: `python benchmarks/mock_suite.py`.
 
-ours    data.mock.suite.simulate and everything around it: theory, random numbers, shards; all cores
+ours    data.mock.simulation.simulate and everything around it: theory, random numbers, shards; all cores
 limit   the same spherical-harmonic transforms and rotations on made-up coefficients, the same worker processes
 
 Seconds for --n-sims simulations at lmax 200, the workers' start included in both.

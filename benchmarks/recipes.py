@@ -20,7 +20,8 @@ import numpy as np
 
 from benchmarks.leakage import N_FRESH, N_SIMS, NOISE_LEVEL, home_of, mean_and_error, run
 from common.artifacts import compressor_folder, read_json, tiles_folder, write_json
-from common.device import describe_device, pick_device, versions
+from common.device import describe_device, pick_device
+from common.versions import versions
 from compress.model import load_compressor
 from compress.train import predict
 from data.cache import read_tiles_through_cache

@@ -1,4 +1,4 @@
-"""Device, precision and versions."""
+"""Device, precision, and what goes to the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 
 from common.config import Backbone, Device, Precision
@@ -112,15 +111,3 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    import torchvision
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -112,7 +113,7 @@ class ShardWriter:
     """Writes one shard in the compact layout, a row group per call of `write`."""
 
     def __init__(self, file: Path, nside: int, metadata: dict[str, str]) -> None:
-        self.schema = _compact_schema(nside, metadata)
+        self.file, self.schema = file, _compact_schema(nside, metadata)
         self.rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.noise_level = ""
         self.writer = pq.ParquetWriter(
@@ -135,6 +136,11 @@ class ShardWriter:
         )
         self.rows.append((digests_of(kappa), keys, params))
         self.noise_level = noise_level
+
+    def sync(self) -> None:
+        """Have the disk take what was written so far: little is then left to do when all has to stop at once."""
+        with open(self.file, "rb") as file:
+            os.fsync(file.fileno())
 
     def seal(self) -> None:
         """Store the hash of all that was written."""

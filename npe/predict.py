@@ -12,8 +12,9 @@ import torch
 
 from common.artifacts import COMPRESSOR_RUNS, atomic_path, make_empty_folder, read_sealed, write_json
 from common.config import PredictConfig
-from common.device import describe_device, pick_device, precision_of, versions
+from common.device import describe_device, pick_device, precision_of
 from common.errors import UserError, warn
+from common.versions import versions
 from compress.model import TrainedCompressor, load_compressor
 from data.module import whole_dataset
 from data.norm_stats import read_norm_stats

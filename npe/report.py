@@ -208,7 +208,9 @@ def _audit(audit: dict[str, Any]) -> str:
     return (
         f"<p>{audit['n_tiles']} tiles of {audit['n_sims']} simulations; the sky that a simulation's tiles cover is "
         f"{'unknown' if covered is None else f'that of {covered:.1f} tiles'}. {outliers} tiles are far from the "
-        f"variance of their simulation. The range of the cosmologies stands below; the fiducial lies {inside}.</p>"
+        f"variance of their simulation. The range of the cosmologies stands below; the fiducial lies {inside}."
+        + (f" They are not what lmax says: {escape(audit['band_limit'])}." if audit["band_limit"] else "")
+        + "</p>"
         + _table(("split", "tiles", "with a twin in an earlier split", "with a twin or most of their sky"), rows)
         + _table(
             ("", *audit["ranges"]),

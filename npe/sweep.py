@@ -21,8 +21,8 @@ from common.artifacts import (
     write_json,
 )
 from common.config import CompressorConfig, NPEConfig, SweepConfig, SweepRun, begun_with, difference
-from common.device import versions
 from common.errors import UserError, say
+from common.versions import versions
 from compress.model import CHECKPOINT_NAME
 from compress.train import RESULT_NAME as COMPRESSOR_RESULT_NAME
 from compress.train import train_compressor

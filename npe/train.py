@@ -22,11 +22,12 @@ from common.artifacts import (
     write_json,
 )
 from common.config import NPEConfig, begun_with
-from common.device import describe_device, name_of_dtype, pick_device, seeded_generator, versions
+from common.device import describe_device, name_of_dtype, pick_device, seeded_generator
 from common.errors import UserError, warn
 from common.figures import draw_loss_curves
 from common.progress import Progress
 from common.resume import LastCheckpoint, Part, Position
+from common.versions import versions
 from compress.memory import bytes_of_a_step
 from compress.model import TrainedCompressor, load_compressor
 from data.cache import read_tiles_through_cache

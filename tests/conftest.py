@@ -12,7 +12,8 @@ import pytest
 
 from common.config import MockConfig, NoiseLevel
 from data.mock.cosmology import design
-from data.mock.suite import Simulation, build_suite, simulate
+from data.mock.simulation import Simulation, simulate
+from data.mock.suite import build_suite
 from data.schema import PARAM_NAMES, nside_of
 from data.shards import Tiles, open_shard
 

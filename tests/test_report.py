@@ -70,6 +70,7 @@ def test_the_report_says_what_the_result_says(page: Page, finished: Path) -> Non
         *(f"{fom:.0f}" for fom in result["fom_fiducial_all"]),
         result["manifest_sha256"],
         result["versions"]["torch"],
+        result["versions"]["commit"],
     ):
         assert number in page.text, number
     for option, value in {**result["config"], **result["compressor"]["config"]}.items():
@@ -82,6 +83,7 @@ def test_the_report_warns_where_there_is_something_to_warn_of(finished: Path, tm
     for path in npe_run(finished).glob("*.png"):
         shutil.copy(path, tmp_path)
     result["calibration"] |= {"verdict": "over-confident", "tiles": "<b>&folder"}
+    result["audit"]["band_limit"] = "they have power beyond lmax 200"
     result["audit"]["partners"]["npe_train"] |= {"twin_fraction": 0.46, "twin_or_sky_fraction": 0.69}
     write_report(result, tmp_path, tmp_path / "moved_away")  # without the pictures of stage 1
     html = (tmp_path / REPORT_NAME).read_text(encoding="utf-8")
@@ -89,5 +91,6 @@ def test_the_report_warns_where_there_is_something_to_warn_of(finished: Path, tm
     assert html.count('class="card look"') == before.count('class="card look"') + 2
     text = Page(html).text
     assert "69% of a split leaks" in text
+    assert "They are not what lmax says: they have power beyond lmax 200." in text
     assert "<b>&folder" in text  # shown, not obeyed
     assert "predicted_vs_true.png is not there" in text

@@ -20,6 +20,7 @@ from common.config import FIDUCIAL_SIM_ID, IngestConfig
 from common.errors import UserError, warn
 from common.machine import free_memory, usable_cores
 from common.progress import Progress
+from common.versions import commit
 from common.workers import worker_pool
 from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
@@ -150,6 +151,7 @@ def _worked_off(config: IngestConfig, jobs: list[Job]) -> list[Outcome]:
     if not jobs:
         return []
     n_workers = config.workers or max(1, min(usable_cores(), free_memory() // WORKER_MEMORY))
+    n_workers = min(n_workers, len(jobs))
     if n_workers == 1:
         return collected(map(ingest, jobs), config.strict, len(jobs))
     with worker_pool(n_workers) as pool:
@@ -185,7 +187,7 @@ def summarise(jobs: list[Job], outcomes: list[Outcome], elapsed_s: float) -> dic
 
     Returns:
         folders, n_sims (that have all their shards), n_tiles (per folder), left_out (reason by sim_id), incomplete
-        (steps by sim_id), elapsed_s.
+        (steps by sim_id), elapsed_s, commit.
     """
     folders = [Path(folder) for folder, _ in jobs[0].shards.values()]
     complete = set.intersection(*({path.name for path in folder.glob("shard_*.parquet")} for folder in folders))
@@ -196,6 +198,7 @@ def summarise(jobs: list[Job], outcomes: list[Outcome], elapsed_s: float) -> dic
         "left_out": {str(o.sim_id): o.problem for o in outcomes if o.problem},
         "incomplete": {str(o.sim_id): list(o.incomplete) for o in outcomes if o.incomplete},
         "elapsed_s": round(elapsed_s, 1),
+        "commit": commit(),
     }
     params = {shard_path("", job.sim_id).name: job.params for job in jobs}
     for (lmax, _), folder in zip(jobs[0].shards, folders, strict=True):

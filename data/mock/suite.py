@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +18,16 @@ from common.machine import usable_cores
 from common.progress import Progress
 from common.workers import in_order, worker_pool
 from data.mock.cosmology import FIDUCIAL, design, params_of
-from data.mock.fields import band_of, signal_alm
-from data.mock.flat import flat_tiles
+from data.mock.fields import band_of
+from data.mock.simulation import Simulation, simulate
 from data.mock.theory import theory_cl
 from data.pictures import draw_suite
 from data.schema import SIMS_PER_SHARD, THETA_COLUMNS, THETA_NAMES, TILES_PER_SIM, nside_of, tile_keys
 from data.shards import METADATA_KEY, ORIENTATIONS_KEY, open_shard
 from data.sky import ORIENTATIONS
-from data.sphere.harmonics import noise_alm
-from data.sphere.tiles import tiles_of_alm
 from data.suite_folder import end_restart, finished_shards
 
 FRESH_SEED_OFFSET = 1_000_000_007  # far from any seed that one would type
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """What a worker needs to make the tiles of one simulation."""
-
-    sim_id: int
-    cosmo: np.ndarray  # (7,)
-    field: str
-    noise_level: str
-    lmax: int
-    nside: int
-    geometry: str
-    seed: int
-
-
-def simulate(simulation: Simulation) -> np.ndarray:
-    """The twelve tiles of one simulation, float32 (12, 4, N, N); depends on its argument alone."""
-    signal_seed, noise_seed = np.random.SeedSequence([simulation.seed, simulation.sim_id]).spawn(2)
-    signal_rng, noise_rng = np.random.default_rng(signal_seed), np.random.default_rng(noise_seed)
-    cosmo, noise_level, lmax, nside = (getattr(simulation, k) for k in ("cosmo", "noise_level", "lmax", "nside"))
-    if simulation.geometry == "flat":
-        return flat_tiles(cosmo, noise_level, lmax, nside, TILES_PER_SIM, signal_rng, noise_rng)
-    alm = signal_alm(cosmo, simulation.field, lmax, signal_rng) + noise_alm(noise_level, lmax, noise_rng)  # (4, n_alm)
-    return tiles_of_alm(alm, lmax, nside, simulation.geometry)
 
 
 def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -97,47 +69,55 @@ def _write_shards(
 ) -> None:
     """The shards that are missing, and the picture."""
     nside = nside_of(config.lmax, config.nside)
-    params = params_of(cosmologies)  # (n_sims, 8)
     description = _description(config)
-    starts = range(0, config.n_sims, SIMS_PER_SHARD)
     finished = finished_shards(folder, description, config.restart)
-    missing = [k for k in range(len(starts)) if _shard_path(folder, k) not in finished]
-
     jobs = [
-        Simulation(
-            int(sim_ids[i]), cosmologies[i], config.field, config.noise_level, config.lmax, nside, config.geometry, seed
-        )
-        for k in missing
-        for i in range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
+        Simulation(int(sim_id), cosmo, config.field, config.noise_level, config.lmax, nside, config.geometry, seed)
+        for sim_id, cosmo in zip(sim_ids, cosmologies, strict=True)
     ]
-    n_workers = config.workers or usable_cores()
-    # A shard is synced to the disk while the next one is simulated.
+    missing = {
+        path: jobs[start : start + SIMS_PER_SHARD]
+        for k, start in enumerate(range(0, len(jobs), SIMS_PER_SHARD))
+        if (path := _shard_path(folder, k)) not in finished
+    }
+    if missing:
+        _simulate_shards(missing, description, config.workers or usable_cores(), on_checkpoint)
+    fiducial = np.array([FIDUCIAL[name] for name in THETA_NAMES])
+    theta = params_of(cosmologies)[:, THETA_COLUMNS]  # (n_sims, 2)
+    draw_suite(_shard_path(folder, 0), nside, theta, fiducial, folder / "suite.png")
+    end_restart(folder)
+    on_checkpoint()
+
+
+def _simulate_shards(
+    shards: dict[Path, list[Simulation]], description: str, n_workers: int, on_checkpoint: Callable[[], None]
+) -> None:
+    """Simulate and write shards, one after the other: the disk takes one while it, and the next, is simulated."""
+    jobs = [job for of_shard in shards.values() for job in of_shard]
+    n_workers = min(n_workers, len(jobs))
     with (
-        ThreadPoolExecutor(1, "shard closer") as closer,
+        ThreadPoolExecutor(1, "disk") as disk,
         worker_pool(n_workers) as pool,
         Progress("simulating", len(jobs), "simulations") as progress,
     ):
         simulated = in_order(pool, simulate, jobs, ahead=2 * n_workers)
-        closing: Future[None] | None = None
-        for k in missing:
-            shard_sims = range(starts[k], min(starts[k] + SIMS_PER_SHARD, config.n_sims))
+        syncing, closing = disk.submit(lambda: None), None
+        for path, of_shard in shards.items():
             with ExitStack() as opened:
-                shard = opened.enter_context(open_shard(_shard_path(folder, k), nside, {METADATA_KEY: description}))
-                for i in shard_sims:
-                    keys = tile_keys(int(sim_ids[i]))
-                    shard.write(next(simulated), keys, np.tile(params[i], (TILES_PER_SIM, 1)), config.noise_level)
+                shard = opened.enter_context(open_shard(path, of_shard[0].nside, {METADATA_KEY: description}))
+                for job in of_shard:
+                    params = np.tile(params_of(job.cosmo[None]), (TILES_PER_SIM, 1))  # (12, 8)
+                    shard.write(next(simulated), tile_keys(job.sim_id), params, job.noise_level)
                     progress.advance()
+                    if syncing.done():
+                        syncing = disk.submit(shard.sync)
                 if closing is not None:
                     closing.result()
                     on_checkpoint()
-                closing = closer.submit(opened.pop_all().close)
+                closing = disk.submit(opened.pop_all().close)
         if closing is not None:
             closing.result()
             on_checkpoint()
-    fiducial = np.array([FIDUCIAL[name] for name in THETA_NAMES])
-    draw_suite(_shard_path(folder, 0), nside, params[:, THETA_COLUMNS], fiducial, folder / "suite.png")
-    end_restart(folder)
-    on_checkpoint()
 
 
 def _shard_path(folder: Path, number: int) -> Path:

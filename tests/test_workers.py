@@ -1,0 +1,85 @@
+"""Worker processes: they are stopped in the middle of whatever they do, and what they raise comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.artifacts import CannotWriteError
+from common.errors import UserError
+from common.workers import in_order, worker_pool
+
+ROOT = Path(__file__).resolve().parent.parent
+BIG = 3_000_000  # of 8 bytes: 24 MB, far more than a pipe holds
+
+
+def big(number: int) -> np.ndarray:
+    return np.full(BIG, number)
+
+
+def threads_of(_: int) -> str:
+    return os.environ["OMP_NUM_THREADS"]
+
+
+def failing(number: int) -> int:
+    if number == 3:
+        raise CannotWriteError(Path("a shard"), OSError(28, "No space left on device"))
+    return number
+
+
+def dying(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+STOPPED = f"""
+import signal, os, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from common.errors import exit_on_user_error
+from common.workers import in_order, worker_pool
+from test_workers import big
+@exit_on_user_error
+def main():
+    with worker_pool(2) as pool:
+        results = in_order(pool, big, range(20), ahead=6)
+        next(results)
+        STOP
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("stop", ["raise OSError(28, 'full')", "os.kill(os.getpid(), signal.SIGINT)"])
+def test_a_pool_is_stopped_while_workers_send_what_no_pipe_holds(stop: str, tmp_path: Path) -> None:
+    """The parent neither reads nor closes what it is sent; it waited for ever, four times out of four."""
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED.replace("STOP", stop))
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, script], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300
+        )
+        assert done.returncode == (2 if "raise" in stop else 130), done.stderr
+
+
+def test_results_come_in_order_and_what_is_raised_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with worker_pool(3) as pool:
+        assert [int(array[-1]) for array in in_order(pool, big, range(7), ahead=2)] == list(range(7))
+        assert pool.submit(threads_of, 0).result() == "1"
+        found = in_order(pool, failing, range(5), ahead=10)
+        assert [next(found) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(UserError, match=r"cannot write a shard .*make room"):
+            next(found)
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_worker_that_dies_is_an_error_with_a_cure() -> None:
+    with pytest.raises(UserError, match=r"a worker process died.* fewer as --workers"), worker_pool(2) as pool:
+        list(in_order(pool, dying, range(5), ahead=10))
