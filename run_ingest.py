@@ -40,13 +40,6 @@ if remote.modal is not None:
     app = remote.modal.App("kappa-fom-ingest")
 
     @app.function(**remote.INGEST_FUNCTION)
-    def unfinished_in_container(jobs: list[Any], restart: bool) -> dict[str, Any]:
-        """The jobs that have something left to do."""
-        from data.ingest.suite import unfinished
-
-        return remote.on_volume(lambda: {"jobs": unfinished(jobs, restart)})
-
-    @app.function(**remote.INGEST_FUNCTION)
     def ingest_in_container(job: Any) -> dict[str, Any]:
         """One simulation: downloaded to the container's own disk, its tiles onto the Volume."""
         from data.ingest.simulation import ingest
@@ -54,31 +47,34 @@ if remote.modal is not None:
         here = replace(job, downloads=remote.LOCAL_DISK)
         return remote.on_volume(lambda: {"outcome": ingest(here)})
 
-    @app.function(**remote.INGEST_FUNCTION)
-    def summary_in_container(jobs: list[Any], outcomes: list[Any], elapsed_s: float) -> dict[str, Any]:
-        """What has become of all of them."""
-        from data.ingest.suite import summarise
+    @app.function(**remote.WAITING_FUNCTION)
+    def all_in_container(jobs: list[Any], restart: bool, strict: bool) -> dict[str, Any]:
+        """All simulations that are not finished, side by side, and what has become of them."""
+        from data.ingest.suite import collected, summarise, unfinished
 
-        return remote.on_volume(lambda: summarise(jobs, outcomes, elapsed_s))
+        def run() -> dict[str, Any]:
+            start = time.monotonic()
+            left = remote.out_of_container(remote.on_volume(lambda: {"jobs": unfinished(jobs, restart)}))["jobs"]
+            results = ingest_in_container.map(left, order_outputs=False)
+            outcomes = collected((remote.out_of_container(one)["outcome"] for one in results), strict, len(left))
+            return remote.out_of_container(
+                remote.on_volume(lambda: summarise(jobs, outcomes, time.monotonic() - start))
+            )
+
+        return remote.with_errors_as_values(run)
 
     @app.local_entrypoint()
     @exit_on_user_error
     @with_signature_of(IngestConfig)
     def modal_main(**options: Any) -> None:
         """Lightcones to tiles on Modal."""
-        start = time.monotonic()
         config = replace(IngestConfig(**options), results_dir=remote.RESULTS)
         if "://" not in config.lightcones:
             raise UserError("on Modal, give the URL that serves the simulations as --lightcones")
-        from data.ingest.suite import collected, plan
+        from data.ingest.suite import plan
 
         jobs = plan(config)
-        left = remote.out_of_container(unfinished_in_container.remote(jobs, config.restart))["jobs"]
-        results = ingest_in_container.map(left, order_outputs=False)
-        outcomes = collected(
-            (remote.out_of_container(result)["outcome"] for result in results), config.strict, len(left)
-        )
-        report(remote.out_of_container(summary_in_container.remote(jobs, outcomes, time.monotonic() - start)))
+        report(remote.out_of_container(all_in_container.spawn(jobs, config.restart, config.strict).get()))
 
 
 if __name__ == "__main__":

@@ -47,12 +47,20 @@ if remote.modal is not None:
 
         return remote.in_container(run, SweepConfig, options)
 
-    @app.function(**remote.CPU_FUNCTION)
-    def curve_in_container(options: dict[str, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
-        """The curve through what the containers have returned."""
+    @app.function(**remote.WAITING_FUNCTION)
+    def sweep_in_container(options: dict[str, Any]) -> dict[str, Any]:
+        """All points, side by side, and the curve through them."""
         from npe.sweep import run_sweep
 
         def run(config: SweepConfig, on_checkpoint: Any) -> dict[str, Any]:
+            runs = config.runs
+            returned = point_in_container.starmap([(options, k) for k in range(len(runs))], return_exceptions=True)
+            points = [
+                {"lmax": run.lmax, "seed": run.seed, "tag": run.tag, "error": str(point)}
+                if isinstance(point, BaseException)
+                else point
+                for run, point in zip(runs, returned, strict=True)
+            ]
             return run_sweep(config, on_checkpoint, points)
 
         return remote.in_container(run, SweepConfig, options)
@@ -62,15 +70,8 @@ if remote.modal is not None:
     @with_signature_of(SweepConfig)
     def modal_main(**options: Any) -> None:
         """The sweep on Modal."""
-        runs = SweepConfig(**options).runs  # a senseless value is refused here, before anything is sent
-        returned = point_in_container.starmap([(options, k) for k in range(len(runs))], return_exceptions=True)
-        points = [
-            {"lmax": run.lmax, "seed": run.seed, "tag": run.tag, "error": str(point)}
-            if isinstance(point, BaseException)
-            else point
-            for run, point in zip(runs, returned, strict=True)
-        ]
-        report(remote.out_of_container(curve_in_container.spawn(options, points).get()))
+        SweepConfig(**options)  # a senseless value is refused here, before anything is sent
+        report(remote.out_of_container(sweep_in_container.spawn(options).get()))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,12 @@ SWEEPS = "sweeps"
 def tiles_folder(tiles_dir: str, results_dir: str | Path, lmax: int, noise_level: str, *, fresh: bool = False) -> Path:
     """Folder of the shards: --tiles-dir if it was given, else the one for this lmax and noise level."""
     kind = "fresh_tiles" if fresh else "tiles"
-    return Path(tiles_dir) if tiles_dir else Path(results_dir) / kind / f"lmax_{lmax}_{noise_level}"
+    return named_folder(tiles_dir or f"{results_dir}/{kind}/lmax_{{lmax}}_{{noise_level}}", lmax, noise_level)
+
+
+def named_folder(text: str, lmax: int, noise_level: str) -> Path:
+    """A folder of tiles as an option names it; {lmax} and {noise_level} in it stand for those of the run."""
+    return Path(text.replace("{lmax}", str(lmax)).replace("{noise_level}", noise_level))
 
 
 def compressor_folder(results_dir: str | Path, tag: str) -> Path:

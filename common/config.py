@@ -71,7 +71,9 @@ class SharedOptions(ResultsOptions):
     """Where a command reads and writes."""
 
     tiles_dir: str = option(
-        "", "another folder of shard_*.parquet (default: the one for lmax and noise level below --results-dir)"
+        "",
+        "another folder of shard_*.parquet; {lmax} and {noise_level} in it stand for the run's (default: the one for "
+        "them below --results-dir)",
     )
 
 
@@ -483,7 +485,7 @@ def parse_args(config_class: type[Config], argv: list[str] | None = None) -> Con
     Raises:
         UserError: an option whose value makes no sense. (argparse itself exits with code 2.)
     """
-    parser = argparse.ArgumentParser(description=config_class.__doc__)
+    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
     types_of = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         help_text = field.metadata["help"].replace("%", "%%")

@@ -6,6 +6,7 @@ the commands run as they are.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 from common.config import ResultsOptions
 from common.errors import UserError
 from common.interrupt import listening
+from common.versions import COMMIT_VARIABLE, commit
 
 try:
     import modal
@@ -27,10 +29,13 @@ GPUS = ["H100", "A100-80GB"]  # in this order, whichever is free first
 TIMEOUT_S = 24 * 60 * 60  # per attempt, the longest that Modal allows
 MOCK_CORES, MOCK_MEMORY_MIB = 16, 32 * 1024
 INGEST_CORES, INGEST_MEMORY_MIB = 2, 6 * 1024  # for one simulation at a time
+PATHS = ("tiles_dir", "ckpt", "calibration_tiles", "noiseless_tiles", "run", "tiles")  # options that name a place
+QUOTED = ("stage_1", "stage_2")  # options that hold those of other commands
 ROOT = Path(__file__).resolve().parent.parent
 
 if modal is not None:
-    volume = modal.Volume.from_name(VOLUME_NAME, create_if_missing=True, version=2)
+    # As it is: a version that is asked for must be that of a Volume which is there.
+    volume = modal.Volume.from_name(VOLUME_NAME, create_if_missing=True)
     image = (
         modal.Image.debian_slim(python_version="3.11")
         .uv_pip_install(requirements=[str(ROOT / "requirements.txt")])
@@ -40,12 +45,15 @@ if modal is not None:
     FUNCTION: dict[str, Any] = {
         "image": image,
         "volumes": {RESULTS: volume},
+        "env": {COMMIT_VARIABLE: commit()},
         "timeout": TIMEOUT_S,
         "retries": modal.Retries(max_retries=10, initial_delay=0.0),
         "single_use_containers": True,
     }
     GPU_FUNCTION: dict[str, Any] = {**FUNCTION, "gpu": GPUS}
     CPU_FUNCTION: dict[str, Any] = {**FUNCTION, "cpu": MOCK_CORES, "memory": MOCK_MEMORY_MIB}
+    # For what waits for other containers, long after the client may have gone.
+    WAITING_FUNCTION: dict[str, Any] = {**FUNCTION, "cpu": 1, "memory": 2 * 1024, "nonpreemptible": True}
     INGEST_FUNCTION: dict[str, Any] = {**FUNCTION, "cpu": INGEST_CORES, "memory": INGEST_MEMORY_MIB}
 
 Config = TypeVar("Config", bound=ResultsOptions)
@@ -63,11 +71,11 @@ def in_container(
         config_class, options: of the command.
     """
     if modal.is_local():  # `.local()`, in tests: no Volume is mounted
-        config, commit = config_class(**options), _no_volume
+        config, on_checkpoint = config_class(**options), _no_volume
     else:
         volume.reload()
-        config, commit = _on_volume(config_class(**options)), volume.commit
-    return _with_errors_as_values(lambda: command(config, on_checkpoint=commit))
+        config, on_checkpoint = _on_volume(config_class(**options)), volume.commit
+    return with_errors_as_values(lambda: command(config, on_checkpoint=on_checkpoint))
 
 
 def on_volume(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -75,13 +83,14 @@ def on_volume(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     local = modal.is_local()
     if not local:
         volume.reload()
-    result = _with_errors_as_values(call)
+    result = with_errors_as_values(call)
     if not local:
         volume.commit()
     return result
 
 
-def _with_errors_as_values(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def with_errors_as_values(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a call returns, or its user's mistake as a value, for out_of_container."""
     try:
         with listening():  # a container that is taken away is told by SIGINT; the same input then comes again
             return call()
@@ -103,10 +112,26 @@ def _no_volume() -> None:
 def _on_volume(config: Config) -> Config:
     """The config with its paths below /results: `results/x`, `/results/x` and `x` all mean x on the Volume."""
     moved: dict[str, Any] = {"results_dir": RESULTS}
-    for name in ("tiles_dir", "ckpt", "calibration_tiles", "noiseless_tiles", "run", "tiles"):
+    for name in PATHS:
         if path := getattr(config, name, ""):
             moved[name] = str(_volume_path(path))
+    for name in QUOTED:
+        if text := getattr(config, name, ""):
+            moved[name] = _moved_in_quotes(text)
     return replace(config, **moved)
+
+
+def _moved_in_quotes(text: str) -> str:
+    """Options of another command, `--tiles-dir results/x` or with `=` between, with their paths below /results."""
+    flags = ["--" + name.replace("_", "-") for name in PATHS]
+    words = shlex.split(text)
+    for i, word in enumerate(words):
+        flag, equals, path = word.partition("=")
+        if flag in flags and equals:
+            words[i] = f"{flag}={_volume_path(path)}"
+        elif flag in flags and i + 1 < len(words):
+            words[i + 1] = str(_volume_path(words[i + 1]))
+    return shlex.join(words)
 
 
 def _volume_path(path: str) -> Path:

@@ -21,6 +21,7 @@ from common.artifacts import (
     claimed,
     compressor_folder,
     make_empty_folder,
+    named_folder,
     refuse_finished_run,
     sealed,
     tiles_folder,
@@ -93,7 +94,9 @@ def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], N
         reserve=bytes_of_a_step(
             config.backbone, dtype, config.batch_size, nside_of(config.lmax, config.nside), training=True
         ),
-        noiseless_dir=Path(config.noiseless_tiles) if config.noiseless_tiles else None,
+        noiseless_dir=named_folder(config.noiseless_tiles, config.lmax, config.noise_level)
+        if config.noiseless_tiles
+        else None,
     )
     data.setup()
     for warning in data.audit.warnings():

@@ -13,6 +13,7 @@ import numpy as np
 from common.artifacts import (
     claimed,
     compressor_folder,
+    named_folder,
     npe_folder,
     read_sealed,
     sha256_of_file,
@@ -90,14 +91,15 @@ def _fingerprints(config: CompressorConfig | NPEConfig, compressor: CompressorCo
     """Of the tiles that a stage would read now, as its result has them."""
     level = compressor.noise_level
 
-    def of(folder: str | Path, noise_level: str) -> str | None:
-        if not folder:
+    def of(text: str, noise_level: str) -> str | None:
+        if not text:
             return None
-        return fingerprint_of(read_tiles_through_cache(Path(folder), compressor.lmax, noise_level, compressor.nside)[0])
+        folder = named_folder(text, compressor.lmax, level)
+        return fingerprint_of(read_tiles_through_cache(folder, compressor.lmax, noise_level, compressor.nside)[0])
 
     tiles = tiles_folder(config.tiles_dir or compressor.tiles_dir, config.results_dir, compressor.lmax, level)
     found = {
-        "tiles": of(tiles, level),
+        "tiles": of(str(tiles), level),
         "noiseless_tiles": of(config.noiseless_tiles or compressor.noiseless_tiles, NOISELESS),
     }
     return found | ({"calibration_tiles": of(config.calibration_tiles, level)} if isinstance(config, NPEConfig) else {})

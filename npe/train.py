@@ -15,6 +15,7 @@ from common.artifacts import (
     COMPRESSOR_RUNS,
     claimed,
     make_empty_folder,
+    named_folder,
     npe_folder,
     refuse_finished_run,
     sealed,
@@ -301,7 +302,8 @@ def _read_calibration_tiles(config: NPEConfig, data: TileDataModule) -> Tiles | 
     """
     if not config.calibration_tiles:
         return None
-    tiles, _ = read_tiles_through_cache(Path(config.calibration_tiles), data.lmax, data.noise_level, data.nside)
+    folder = named_folder(config.calibration_tiles, data.lmax, data.noise_level)
+    tiles, _ = read_tiles_through_cache(folder, data.lmax, data.noise_level, data.nside)
     seen = set(map(tuple, data.tiles.params.tolist()))
     if any(tuple(row) in seen for row in tiles.params.tolist()):
         raise UserError(
@@ -379,7 +381,7 @@ def _read_tiles(
             nside_of(manifest.lmax, trained.config.nside),
             training=False,
         ),
-        noiseless_dir=Path(noiseless_tiles) if noiseless_tiles else None,
+        noiseless_dir=named_folder(noiseless_tiles, manifest.lmax, manifest.noise_level) if noiseless_tiles else None,
         manifest=manifest,
         norm_stats=norm_stats,
     )

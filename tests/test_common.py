@@ -17,6 +17,7 @@ from conftest import ROOT
 from common.artifacts import atomic_path, write_json
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.config import CheckConfig, CompressorConfig, MockConfig, NPEConfig, parse_args, with_signature_of
+from common.device import pick_device, pick_precision
 from common.early_stopping import EarlyStopping
 from common.errors import UserError
 from common.schedule import lr_at
@@ -98,6 +99,17 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(content.replace(weights, torch.tensor([1.0, 1.5]).numpy().tobytes()))
     with pytest.raises(UserError, match=r"its hash does not fit"):
         load_checkpoint(path, "npe", ("model",), "do this")
+
+
+def test_float32_means_float32_and_bf16_is_taken_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    pick_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        expected = torch.bfloat16 if native else torch.float32
+        assert pick_precision("auto", torch.device("cuda:0"), "efficientnet_v2_s") is expected
 
 
 @pytest.mark.parametrize("config_class", [MockConfig, CheckConfig, CompressorConfig, NPEConfig])

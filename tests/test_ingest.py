@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import healpy
@@ -37,7 +38,7 @@ from data.ingest.download import download
 from data.ingest.lightcone import BadSimulationError, project_lightcone
 from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
-from data.ingest.simulation import alm_of_kappa
+from data.ingest.simulation import Job, alm_of_kappa
 from data.ingest.suite import plan, run_ingest
 from data.mock.cosmology import FIDUCIAL, design, params_of
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES
@@ -675,9 +676,9 @@ def test_a_command_that_could_use_nothing_fails(suite: Path, tmp_path: Path, run
 
 @pytest.mark.modal
 def test_containers_give_the_tiles_that_this_machine_gives(
-    server: tuple[str, type[Server]], suite: Path, noiseless: Path, tmp_path: Path
+    server: tuple[str, type[Server]], suite: Path, noiseless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What modal_main hands from one function to the next, with .local() in place of the cloud."""
+    """What the containers hand to each other, with .local() in place of the cloud."""
     pytest.importorskip("modal")
     import run_ingest as command
 
@@ -688,10 +689,20 @@ def test_containers_give_the_tiles_that_this_machine_gives(
     jobs = plan(config_of(suite, tmp_path / "results", lightcones=url, sims="1,2,109"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # .local() says that it is not what one usually wants
-        left = command.unfinished_in_container.local(jobs, False)["jobs"]
-        outcomes = [command.ingest_in_container.local(job)["outcome"] for job in left]
-        result = command.summary_in_container.local(jobs, outcomes, 1.0)
-        assert not [job for job in command.unfinished_in_container.local(jobs, False)["jobs"] if job.sim_id != 2]
+        sent: list[int] = []
+
+        def side_by_side(jobs: list[Job], order_outputs: bool) -> Iterator[dict[str, Any]]:
+            sent.extend(job.sim_id for job in jobs)
+            return (one_of_many.local(job) for job in jobs)
+
+        one_of_many = command.ingest_in_container
+        monkeypatch.setattr(command, "ingest_in_container", SimpleNamespace(map=side_by_side))
+        result = command.all_in_container.local(jobs, False, False)
+        assert sent == [1, 2, 109]
+        command.all_in_container.local(jobs, False, False)
+        assert sent[3:] == [2]  # what is finished is not done again
+        strict = command.all_in_container.local(jobs, False, True)
+        assert "(simulation 2; without --strict it is left out)" in strict["user_error"]
     assert (result["n_sims"], list(result["left_out"])) == (2, ["2"])
     wanted = tiles_in(noiseless)
     assert np.array_equal(tiles_in(tmp_path / "results"), np.concatenate([wanted[:12], wanted[-12:]]))

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,3 +223,65 @@ def test_a_preempted_container_saves_and_is_retried(
     monkeypatch.setattr("npe.train.train_npe", stop)
     with pytest.warns(UserWarning, match="local"), pytest.raises(KeyboardInterrupt):
         run_npe.npe_in_container.local(asdict(NPEConfig(ckpt="x")))
+
+
+def test_paths_inside_quotes_mean_the_volume_as_well() -> None:
+    config = SweepConfig(
+        stage_1="--backbone tiny --tiles-dir 'results/my tiles/lmax_{lmax}' --noiseless-tiles=results/clean",
+        stage_2="--calibration-tiles /results/fresh",
+    )
+    run = remote._on_volume(config).runs[0]
+    assert run.compressor().tiles_dir == "/results/my tiles/lmax_{lmax}"
+    assert run.compressor().noiseless_tiles == "/results/clean"
+    assert run.npe("x").calibration_tiles == "/results/fresh"
+    assert run.compressor().results_dir == "/results"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_volume_that_is_there_is_taken_whatever_its_version(version: int) -> None:
+    """`modal volume create` without --version makes version 1."""
+    import asyncio
+
+    from modal._load_context import LoadContext
+    from modal._utils.async_utils import synchronizer
+    from modal_proto import api_pb2
+
+    class Stub:
+        async def VolumeGetOrCreate(self, request: Any) -> Any:
+            metadata = api_pb2.VolumeMetadata(name=remote.VOLUME_NAME, version=version)
+            return api_pb2.VolumeGetOrCreateResponse(volume_id="vo-1", metadata=metadata)
+
+    client: Any = type("Client", (), {"_stub": Stub()})()
+    volume: Any = synchronizer._translate_in(remote.volume)  # type: ignore[attr-defined]
+    asyncio.run(volume._load(volume, None, LoadContext(client=client, environment_name="main"), None))
+    assert volume.object_id == "vo-1"
+
+
+def test_a_sweep_is_led_and_its_curve_written_in_a_container(
+    small_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client may be gone by then."""
+    import run_sweep
+
+    points: list[int] = []
+
+    def side_by_side(inputs: list[tuple[dict[str, Any], int]], return_exceptions: bool) -> list[Any]:
+        assert return_exceptions
+        points.extend(number for _, number in inputs)
+        found: list[Any] = [one_of_many.local(*arguments) for arguments in inputs[:-1]]
+        return [*found, RuntimeError("the container was lost")]
+
+    one_of_many = run_sweep.point_in_container
+    monkeypatch.setattr(run_sweep, "point_in_container", SimpleNamespace(starmap=side_by_side))
+    config = SweepConfig(
+        results_dir=str(tmp_path), lmax=str(SMALL_LMAX), noise_level="noiseless", seeds=2,
+        stage_1=f"--backbone tiny --max-epochs 1 --tiles-dir {small_suite}/tiles/lmax_{{lmax}}_{{noise_level}}",
+        stage_2="--max-epochs 1 --n-members 1",
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = run_sweep.sweep_in_container.local(asdict(config))
+    assert points == [0, 1]
+    assert run_sweep.sweep_in_container.info().nonpreemptible
+    assert [point["error"] for point in result["points"] if "error" in point] == ["the container was lost"]
+    assert json.loads((tmp_path / "sweeps/sweep/fom_vs_lmax.json").read_text()) == result

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SMALL_LMAX, make_tiles
+from conftest import SMALL_LMAX, make_tiles, write_tiles
 
 from common.config import CompressorConfig
 from compress.model import FieldLevelCompressor, load_compressor
@@ -338,3 +339,23 @@ def test_renewed_batch_norm_statistics_are_those_of_the_tiles_as_they_are(tmp_pa
     assert torch.allclose(norm.running_var, response.var(dim=(0, 2, 3)), rtol=0.02)
     assert norm.momentum == type(norm)(1).momentum
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.named_parameters())
+
+
+def test_one_tile_a_simulation_is_enough_and_has_no_scatter(
+    small_tiles_dir: Path, tmp_path: Path, run_command: Callable
+) -> None:
+    tiles = read_tiles(small_tiles_dir, SMALL_LMAX, "noiseless")
+    first = np.flatnonzero((tiles.keys[:, 1:] == 0).all(axis=1))
+    some = replace(tiles, kappa=tiles.kappa[first], keys=tiles.keys[first], params=tiles.params[first])
+    write_tiles(tmp_path / "tiles", some, rows_per_shard=60)
+    options = ["--tiles-dir", tmp_path / "tiles", "--results-dir", tmp_path, "--tag", "t", *STAGE_1, "--max-epochs", 1]
+    assert run_command("run_compressor.py", *options)[0] == 0
+    ckpt = tmp_path / "field_compressor_runs" / "t" / "best.ckpt"
+    code, out, err = run_command("run_npe.py", "--ckpt", ckpt, "--max-epochs", 2)
+    assert code == 0, err
+    assert "nan" not in out
+    assert "median of 1 tiles of the fiducial" in out
+    result = json.loads((tmp_path / "field_npe_runs" / "t" / "fom_result.json").read_text())
+    assert len(result["fom_fiducial_all"]) == 1
+    assert result["fom_fiducial_std"] is None
+    assert "one tile has no scatter" in (tmp_path / "field_npe_runs" / "t" / "report.html").read_text()

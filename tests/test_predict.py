@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import SMALL_LMAX
 
-from common.config import CompressorConfig, MockConfig, NoiseLevel, NPEConfig, PredictConfig
+from common.config import CompressorConfig, MockConfig, NoiseLevel, NPEConfig, Precision, PredictConfig
+from common.device import pick_precision
 from common.errors import UserError
 from compress.train import train_compressor
 from data.mock.suite import build_suite
@@ -217,6 +218,34 @@ def test_a_run_that_was_touched_is_refused_and_one_that_was_moved_is_not(
     (moved / "fom_result.json").unlink()
     with pytest.raises(UserError, match=r"fom_result.json is missing"):
         predict(moved, tile)
+
+
+def test_the_answer_is_in_the_precision_of_the_run(
+    run: Path, fiducial: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which `auto` stood for there; here it may mean another one."""
+    tile = save(tmp_path / "x.npy", fiducial[0])
+    before = predict(run, tile)["predictions"]
+    original = pick_precision
+
+    def other(name: Precision, *rest: Any) -> torch.dtype:
+        return torch.bfloat16 if name == "auto" else original(name, *rest)
+
+    monkeypatch.setattr("compress.model.pick_precision", other)
+    assert predict(run, tile)["predictions"] == before
+
+
+@pytest.mark.parametrize("damage", ["gone", "damaged"])
+def test_posterior_weights_that_are_no_good_are_answered_with_their_own_cure(
+    damage: str, run: Path, fiducial: np.ndarray, tmp_path: Path
+) -> None:
+    moved = tmp_path / "field_npe_runs" / "t"
+    shutil.copytree(run, moved)
+    path = moved / "npe_best.ckpt"
+    path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"npe_best.ckpt .* run stage 2 again, with --restart") as refused:
+        predict(moved, save(tmp_path / "x.npy", fiducial[0]))
+    assert "stage-1" not in str(refused.value)
 
 
 def test_the_command_warns_of_an_odd_tile(

@@ -241,6 +241,8 @@ def test_other_options_are_refused_with_what_differs(
     code, _, err = run_command("run_compressor.py", *options)
     assert code == 2
     assert "last.ckpt is not a checkpoint" in err
+    assert "add --restart to start over" in err
+    assert "best.ckpt" not in err
     assert run_command("run_compressor.py", *options, "--restart", "--learning-rate", 0.001)[0] == 0
 
 
