@@ -1,10 +1,10 @@
 # `make demo`: from nothing to a Figure of Merit with pictures.   `make test`: ruff, mypy, pytest.
-# `make exact`, `make leakage`: the evidence in the README, again.   `make bench`: how fast it is.
+# `make exact`, `make leakage`: the evidence in the README, again.   `make bench`: how fast it is.   `make gpu`: a GPU, checked.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --results-dir results/demo
 
-.PHONY: demo test slow exact leakage bench bench-full lint clean
+.PHONY: demo test slow exact leakage bench bench-full gpu lint clean
 
 demo: .venv/installed
 	$(BIN)/python run_mock.py $(DEMO) --lmax 200 --noise-level des_y3 --n-sims 300
@@ -29,6 +29,9 @@ bench: .venv/installed-dev
 
 bench-full: .venv/installed-dev
 	$(BIN)/python benchmarks/bench.py --full
+
+gpu: .venv/installed
+	$(BIN)/python benchmarks/gpu.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
