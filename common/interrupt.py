@@ -1,15 +1,23 @@
-"""SIGINT and SIGTERM: they stop a command at a place where nothing is half done."""
+"""SIGINT and SIGTERM: they stop a command at a place where nothing is half done.
+
+A signal raises Interrupted wherever the command is, and libraries swallow an exception here and there, while they are
+imported or something is deleted. So it is remembered, and `check`, which all that waits or repeats calls, raises it again.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_state = {"waiting": 0, "deferred": False}  # signals are the process's, so this is one for all
+SECONDS_BETWEEN_CHECKS = 0.2
+Result = TypeVar("Result")
+_state = {"signum": 0, "deferred": False}  # signals are the process's, so this is one for all
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,7 +48,7 @@ def listening() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-        _state.update(waiting=0, deferred=False)
+        _state.update(signum=0, deferred=False)
 
 
 @contextmanager
@@ -56,15 +64,20 @@ def deferred() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise Interrupted if a signal waits."""
-    if signum := _state["waiting"]:
-        _state["waiting"] = 0
+    """Raise Interrupted if a signal has come, and this is the main thread."""
+    if (signum := _state["signum"]) and threading.current_thread() is threading.main_thread():
         raise Interrupted(signum)
 
 
+def result_of(future: Future[Result]) -> Result:
+    """The result of a future, however long it takes, unless a signal comes."""
+    while not future.done():
+        check()
+        wait([future], SECONDS_BETWEEN_CHECKS)
+    return future.result()
+
+
 def _on_signal(signum: int, _: FrameType | None) -> None:
-    if _state["deferred"] and not _state["waiting"]:
-        _state["waiting"] = signum
-    else:
-        _state["waiting"] = 0
+    first, _state["signum"] = not _state["signum"], signum
+    if not (first and _state["deferred"]):
         raise Interrupted(signum)

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.artifacts import atomic_path
+from common.interrupt import check
 
 METRICS_NAME = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
@@ -44,7 +45,12 @@ class Progress:
             self._print_line()
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
-        """Count steps; `note` replaces the text behind the bar."""
+        """Count steps; `note` replaces the text behind the bar.
+
+        Raises:
+            Interrupted: a signal has come.
+        """
+        check()
         self.done += steps
         if note is not None:
             self.note = note

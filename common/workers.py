@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from common.errors import UserError
-from common.interrupt import SIGNALS, deferred
+from common.interrupt import SIGNALS, deferred, result_of
 
 SECONDS_BETWEEN_LOOKS = 0.2  # of a worker, whether its parent is alive
 
@@ -138,6 +138,6 @@ def in_order(pool: WorkerPool, function: Callable[[Job], Result], jobs: Iterable
     for job in jobs:
         pending.append(pool.submit(function, job))
         if len(pending) > ahead:
-            yield pending.popleft().result()
+            yield result_of(pending.popleft())
     while pending:
-        yield pending.popleft().result()
+        yield result_of(pending.popleft())

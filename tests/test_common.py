@@ -164,3 +164,31 @@ def test_help_and_refusals_need_neither_torch_nor_modal_nor_ducc0(tmp_path: Path
             )
             assert done.returncode == code, done.stderr
             assert "Traceback" not in done.stderr
+
+
+SWALLOWED = """
+import os, signal, time
+from common.errors import exit_on_user_error
+from common.progress import Progress
+class Deleted:
+    def __del__(self):  # Python prints what is raised here, and goes on
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+@exit_on_user_error
+def main():
+    del [Deleted()][0]
+    print("went on")
+    with Progress("counting", 3, "steps") as progress:
+        progress.advance()
+    print("was not stopped")
+main()
+"""
+
+
+def test_a_signal_is_heard_again_where_python_swallowed_it() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], env=environment, capture_output=True, text=True)
+    assert done.stdout == "went on\n"
+    assert "Exception ignored" in done.stderr
+    assert done.returncode == 143
+    assert done.stderr.splitlines()[-1].startswith("stopped by SIGTERM")

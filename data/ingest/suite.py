@@ -8,7 +8,6 @@ import json
 import re
 import time
 from collections.abc import Iterable
-from concurrent.futures import as_completed
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from common.artifacts import claimed, tiles_folder, write_json
 from common.config import FIDUCIAL_SIM_ID, IngestConfig
 from common.errors import UserError, warn
+from common.interrupt import result_of
 from common.machine import free_memory, usable_cores
 from common.progress import Progress
 from common.versions import commit
@@ -156,7 +156,7 @@ def _worked_off(config: IngestConfig, jobs: list[Job]) -> list[Outcome]:
         return collected(map(ingest, jobs), config.strict, len(jobs))
     with worker_pool(n_workers) as pool:
         futures = [pool.submit(ingest, job) for job in jobs]
-        return collected((future.result() for future in as_completed(futures)), config.strict, len(jobs))
+        return collected(map(result_of, futures), config.strict, len(jobs))
 
 
 def collected(outcomes: Iterable[Outcome], strict: bool, n_jobs: int) -> list[Outcome]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from common.artifacts import claimed, tiles_folder
 from common.config import MockConfig
+from common.interrupt import result_of
 from common.machine import usable_cores
 from common.progress import Progress
 from common.workers import in_order, worker_pool
@@ -112,11 +113,11 @@ def _simulate_shards(
                     if syncing.done():
                         syncing = disk.submit(shard.sync)
                 if closing is not None:
-                    closing.result()
+                    result_of(closing)
                     on_checkpoint()
                 closing = disk.submit(opened.pop_all().close)
         if closing is not None:
-            closing.result()
+            result_of(closing)
             on_checkpoint()
 
 
