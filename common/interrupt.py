@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM: they stop a command at a place where nothing is half done.
 
 A signal raises Interrupted wherever the command is, and libraries swallow an exception here and there, while they are
-imported or something is deleted. So it is remembered, and `check`, which all that waits or repeats calls, raises it again.
+imported or something is deleted. So it is remembered, and `check`, which every loop calls, raises it again.
 """
 
 from __future__ import annotations
