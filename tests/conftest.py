@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+# Before numpy and torch are imported: tests run side by side, and pools of threads would hinder each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from data.mock.suite import build_suite
 from data.schema import PARAM_NAMES, nside_of
 from data.shards import Tiles, open_shard
 
+GUARD_S = 600  # ends what hangs: ten times what the slowest guarded command takes on a busy machine
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 SMALL_LMAX = 32  # 16 x 16 pixels

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_LMAX, make_tiles
+from conftest import GUARD_S, ROOT, SMALL_LMAX, make_tiles
 
 from common.artifacts import claimed, write_json
 from common.checkpoint import save_checkpoint
@@ -96,7 +96,7 @@ def run_limited(command: str, bytes_per_file: int, folder: Path) -> subprocess.C
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, resource.RLIM_INFINITY))
 
     words = [sys.executable, *command.split()]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=GUARD_S, preexec_fn=limit)
 
 
 @pytest.mark.parametrize(

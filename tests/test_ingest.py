@@ -26,7 +26,7 @@ import healpy
 import numpy as np
 import pytest
 from astropy.io import fits
-from conftest import ROOT, SHARED_DATA
+from conftest import GUARD_S, ROOT, SHARED_DATA
 from fake_lightcones import PARTICLES_PER_VOLUME, lensing_cl, shells_of, write_lightcone, write_nz, write_parameters
 
 from common.artifacts import CannotWriteError
@@ -653,11 +653,11 @@ def test_an_ingest_that_is_stopped_says_so_at_once_and_goes_on(suite: Path, nois
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
     )
     folder = tmp_path / f"tiles/lmax_{SMALL_LMAX}_noiseless"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + GUARD_S
     while len(list(folder.glob("shard_*.parquet"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=GUARD_S)
     assert running.returncode == 143
     assert "the same command goes on from there" in err.splitlines()[-1]
     held.unlink()

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_LMAX
+from conftest import GUARD_S, ROOT, SMALL_LMAX
 
 from common import remote
 from common.config import (
@@ -67,7 +67,7 @@ def test_functions_ask_for_what_a_long_run_needs(script: str) -> None:
 
 def modal_run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "modal", "run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "modal", "run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=GUARD_S
     )
 
 

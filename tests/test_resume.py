@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, SMALL_LMAX, SMALL_SUITE
+from conftest import GUARD_S, ROOT, SMALL_LMAX, SMALL_SUITE
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 
 from common import interrupt
@@ -41,35 +42,71 @@ COMMANDS = {
     "run_npe": f"--ckpt results/field_compressor_runs/{TAG}/best.ckpt --max-epochs 20 --n-members 2 --device cpu "
     "--checkpoint-seconds 0",
 }
-# Imports first; then the command, which a timer stops.
-CHILD = """
-import importlib, os, sys, threading, time
-script, delay, signum, *options = sys.argv[1:]
-command = importlib.import_module(script)
-import compress.train, npe.train, data.mock.suite
-sys.argv = [script + ".py", *options]
-if float(delay) < float("inf"):
-    timer = threading.Timer(float(delay), os.kill, (os.getpid(), int(signum)))
+# Imports once; then every command in a fork of its own, which a timer stops.
+FORKS = """
+import importlib, json, os, sys, threading, time, traceback
+import compress.train, npe.train, data.mock.suite, run_mock, run_compressor, run_npe
+
+def run(script, options, delay, signum, folder, out, err):
+    for number, path in enumerate((os.devnull, out, err)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(folder)
+    sys.argv = [script + ".py", *options]
+    timer = threading.Timer(delay, os.kill, (os.getpid(), signum))
     timer.daemon = True
-    timer.start()
-start = time.monotonic()
-command.main()
-if float(delay) < float("inf"):
+    if signum:
+        timer.start()
+    start = time.monotonic()
+    importlib.import_module(script).main()
     timer.cancel()
-print("seconds", time.monotonic() - start)
+    print("seconds", time.monotonic() - start, flush=True)
+
+for line in sys.stdin:
+    if (pid := os.fork()) == 0:
+        code = 0
+        try:
+            run(*json.loads(line))
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
-def start(folder: Path, script: str, delay: float, signum: int) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-c", CHILD, script, str(delay), str(int(signum)), *COMMANDS[script].split()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+class Commands:
+    """Runs commands as processes that need not import torch again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out, self.err = folder / "out", folder / "err"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    def start(self, folder: Path, script: str, delay: float, signum: int) -> subprocess.CompletedProcess[str]:
+        """One command, stopped by a signal after a delay, unless that is 0."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        arguments = [script, COMMANDS[script].split(), delay, int(signum), *map(str, (folder, self.out, self.err))]
+        print(json.dumps(arguments), file=self.process.stdin, flush=True)
+        assert select.select([self.process.stdout], [], [], GUARD_S)[0], "the command hangs"
+        code = int(self.process.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, self.out.read_text(), self.err.read_text())
+
+    def finish(self, folder: Path, script: str) -> float:
+        done = self.start(folder, script, 0, 0)
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout.split()[-1])
 
 
-def finish(folder: Path, script: str) -> float:
-    done = start(folder, script, float("inf"), 0)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout.split()[-1])
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    started = Commands(tmp_path_factory.mktemp("commands"))
+    yield started
+    started.process.communicate()
 
 
 def without_timings(content: dict[str, Any]) -> dict[str, Any]:
@@ -103,10 +140,10 @@ def assert_same_files(found: Path, wanted: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(small_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+def uninterrupted(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     """A folder where every command has run, and the seconds that each took."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, {script: finish(folder, script) for script in COMMANDS}
+    return folder, {script: commands.finish(folder, script) for script in COMMANDS}
 
 
 def result_folder(folder: Path, script: str) -> Path:
@@ -115,7 +152,7 @@ def result_folder(folder: Path, script: str) -> Path:
 
 
 def kill_and_compare(
-    script: str, n_kills: int, uninterrupted: tuple[Path, dict[str, float]], folder: Path, seed: int
+    commands: Commands, script: str, n_kills: int, uninterrupted: tuple[Path, dict[str, float]], folder: Path, seed: int
 ) -> dict[int, int]:
     """Kill at random instants, go on, and compare whenever the command has finished; how often each way it ended."""
     whole, seconds = uninterrupted
@@ -128,7 +165,7 @@ def kill_and_compare(
         shutil.rmtree(result_folder(folder, script))
         while killed < n_kills:
             signum = SIGNALS[killed % len(SIGNALS)]
-            done = start(folder, script, rng.uniform(0, seconds[script]), signum)
+            done = commands.start(folder, script, rng.uniform(0, seconds[script]), signum)
             code = 0 if "seconds" in done.stdout else done.returncode  # the signal may have come after the end
             ended[code] = ended.get(code, 0) + 1
             if code == 0:
@@ -139,7 +176,7 @@ def kill_and_compare(
                 assert "the same command goes on" in done.stderr.splitlines()[-1]
                 assert "Traceback" not in done.stderr
         else:
-            finish(folder, script)
+            commands.finish(folder, script)
         assert_same_files(result_folder(folder, script), result_folder(whole, script))
         if killed >= n_kills:
             return ended
@@ -147,18 +184,18 @@ def kill_and_compare(
 
 @pytest.mark.parametrize("script", list(COMMANDS))
 def test_killed_commands_go_on_to_the_bit(
-    script: str, uninterrupted: tuple[Path, dict[str, float]], tmp_path: Path
+    script: str, commands: Commands, uninterrupted: tuple[Path, dict[str, float]], tmp_path: Path
 ) -> None:
-    ended = kill_and_compare(script, 3, uninterrupted, tmp_path / "killed", seed=1)
+    ended = kill_and_compare(commands, script, 3, uninterrupted, tmp_path / "killed", seed=1)
     assert {-signal.SIGKILL, 143, 130} <= set(ended)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", list(COMMANDS))
 def test_killed_commands_go_on_to_the_bit_often(
-    script: str, uninterrupted: tuple[Path, dict[str, float]], tmp_path: Path
+    script: str, commands: Commands, uninterrupted: tuple[Path, dict[str, float]], tmp_path: Path
 ) -> None:
-    ended = kill_and_compare(script, 34, uninterrupted, tmp_path / "killed", seed=2)
+    ended = kill_and_compare(commands, script, 34, uninterrupted, tmp_path / "killed", seed=2)
     assert sum(count for code, count in ended.items() if code != 0) == 34
     assert min(ended[code] for code in (-signal.SIGKILL, 143, 130)) >= 10
 

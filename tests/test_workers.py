@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import GUARD_S, ROOT
 
 from common.artifacts import CannotWriteError
 from common.errors import UserError
 from common.workers import in_order, worker_pool
 
-ROOT = Path(__file__).resolve().parent.parent
 BIG = 3_000_000  # of 8 bytes: 24 MB, far more than a pipe holds
 
 
@@ -63,7 +63,7 @@ def test_a_pool_is_stopped_while_workers_send_what_no_pipe_holds(stop: str, tmp_
     script.write_text(STOPPED.replace("STOP", stop))
     for _ in range(4):
         done = subprocess.run(
-            [sys.executable, script], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300
+            [sys.executable, script], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=GUARD_S
         )
         assert done.returncode == (2 if "raise" in stop else 130), done.stderr
 
