@@ -235,8 +235,8 @@ class TrainingOptions(SharedOptions):
     device: Device = option("auto", "auto takes cuda, then mps, then cpu")
     precision: Precision = option(
         "auto",
-        "autocast of the compressor; auto: bf16 on cuda, and for efficientnet_v2_s on a CPU that computes in bf16, "
-        "else float32",
+        "autocast of the compressor; auto: bf16 on a GPU that computes in it, and for efficientnet_v2_s on such a CPU, "
+        "else float32, without TF32",
     )
     noiseless_tiles: str = option(
         "",

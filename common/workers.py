@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any, TypeVar
 
 from common.errors import UserError
@@ -38,13 +40,14 @@ class WorkerPool:
         self._threads = ThreadPoolExecutor(n_workers, "worker")
         self._processes: list[Any] = []
         self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        for _ in range(n_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._idle.put(ours)
+        with _hidden_main():
+            for _ in range(n_workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._idle.put(ours)
 
     def submit(self, function: Callable[[Job], Result], job: Job) -> Future[Result]:
         """Have a process call a function of a module; what it returns or raises comes back."""
@@ -80,6 +83,18 @@ class WorkerPool:
             process.kill()
         self._threads.shutdown(cancel_futures=True)
         self.close()
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Within, a process that is started does not import the command's own file, and with it Modal, which it has no use
+    for: it hears of its parent's death the sooner."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,6 +36,7 @@ Z_END = 2.6  # of the shells that are there; one more reaches beyond, marked as 
 Z_BEYOND = 4.0
 PARTICLES_PER_VOLUME = 0.645  # [(h/Mpc)^3], 1080^3 in a box of 1250 Mpc/h
 FIDUCIAL_SIM_ID = 109
+MATTER = glass.grf.Lognormal(1.0)
 
 
 def shells_of(cosmo: np.ndarray) -> Shells:
@@ -84,22 +86,28 @@ def z_values_text(shells: Shells) -> str:
     return "\n".join(lines) + "\n"
 
 
+@lru_cache(maxsize=2)
+def gaussian_spectra(cosmo: tuple[float, ...], nside: int) -> list[list[np.ndarray]]:
+    """Spectra of the Gaussian fields that become the matter of every shell; once for all skies of a cosmology."""
+    shells = shells_of(np.array(cosmo))
+    # Particles are counted over whole pixels, hence the window; pixels of a synthesised map are points.
+    cls = matter_cl(np.array(cosmo), shells, 2 * nside) * pixel_window(nside, 2 * nside) ** 2
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        # The solver divides by multipoles that are zero, and finds no lognormal field quite as clumpy as the matter
+        # in the first shell (0.4 % of the power of bin 1 at ell = 350, less elsewhere).
+        warnings.filterwarnings("ignore", message="Gaussian spectrum .* did not converge")
+        return [[np.maximum(gl, 0) for gl in glass.solve_gaussian_spectra([MATTER], [cl])] for cl in cls]
+
+
 def write_lightcone(folder: Path, cosmo: np.ndarray, nside: int, rng: np.random.Generator) -> None:
     """One simulation: z_values.txt, the counts of every shell, the outermost marked as incomplete."""
     folder.mkdir(parents=True)
     shells = shells_of(cosmo)
     (folder / "z_values.txt").write_text(z_values_text(shells))
-    # Particles are counted over whole pixels, hence the window; pixels of a synthesised map are points.
-    cls = matter_cl(cosmo, shells, 2 * nside) * pixel_window(nside, 2 * nside) ** 2
+    spectra = gaussian_spectra(tuple(cosmo), nside)
     n_pixels = healpy.nside2npix(nside)
-    for step, cl, volume in zip(shells.step, cls, shells.volume, strict=True):
-        field = [glass.grf.Lognormal(1.0)]
-        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-            # The solver divides by multipoles that are zero, and finds no lognormal field quite as clumpy as the matter
-            # in the first shell (0.4 % of the power of bin 1 at ell = 350, less elsewhere).
-            warnings.filterwarnings("ignore", message="Gaussian spectrum .* did not converge")
-            gls = [np.maximum(gl, 0) for gl in glass.solve_gaussian_spectra(field, [cl])]
-        delta = next(iter(glass.generate(field, gls, nside, rng=rng)))
+    for step, gls, volume in zip(shells.step, spectra, shells.volume, strict=True):
+        delta = next(iter(glass.generate([MATTER], gls, nside, rng=rng)))
         counts = rng.poisson(PARTICLES_PER_VOLUME * volume / n_pixels * (1 + np.asarray(delta)))
         np.save(folder / f"run.{step:05d}.lightcone.npy", counts.astype(np.uint32))
     np.save(folder / f"run.{shells.step[-1]:05d}.incomplete.npy", np.zeros(1))

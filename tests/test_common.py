@@ -19,7 +19,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.config import CheckConfig, CompressorConfig, MockConfig, NPEConfig, parse_args, with_signature_of
 from common.device import pick_device, pick_precision
 from common.early_stopping import EarlyStopping
-from common.errors import UserError
+from common.errors import UserError, exit_on_user_error
 from common.schedule import lr_at
 
 SCHEDULE = {"steps_per_epoch": 52, "peak": 8e-3, "warmup_steps": 500, "decay_factor": 0.85, "decay_epochs": 20}
@@ -164,6 +164,19 @@ def test_help_and_refusals_need_neither_torch_nor_modal_nor_ducc0(tmp_path: Path
             )
             assert done.returncode == code, done.stderr
             assert "Traceback" not in done.stderr
+
+
+def test_a_full_gpu_is_one_line_with_a_cure(capsys: pytest.CaptureFixture[str]) -> None:
+    @exit_on_user_error
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 52 GiB.")
+
+    with pytest.raises(SystemExit) as left:
+        full()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: the GPU's memory is full; give a smaller --batch-size, or --feed stream\n"
+    )
 
 
 SWALLOWED = """
