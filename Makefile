@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(BIN)/python run_npe.py --ckpt results/demo/field_compressor_runs/demo/best.ckpt --restart
 
 test: .venv/installed-dev lint
-	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
