@@ -67,7 +67,7 @@ def start(folder: Path, log: Path, bytes_per_file: int = resource.RLIM_INFINITY)
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, resource.RLIM_INFINITY))
 
-    script = folder / "child.py"
+    script = folder / "run_watched.py"
     script.write_text(CHILD)
     words = [sys.executable, str(script), *COMMAND.split(), "--tiles-dir", str(folder / "tiles")]
     with open(log, "wb") as err:

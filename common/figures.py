@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from common.artifacts import atomic_path
+from common.interrupt import deferred
 from common.progress import read_metrics
 
 BLUE, ORANGE, GREY = "#2a6f97", "#d1603d", "#8a8f98"
@@ -30,8 +31,11 @@ STYLE: Any = {
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of width x height inches that is saved as PNG when the block ends well; needs no display."""
-    with mpl.rc_context(STYLE):
+    """A figure of width x height inches that is saved as PNG when the block ends well; needs no display.
+
+    A signal waits until then: matplotlib's parsers, interrupted, complain after the command's last word.
+    """
+    with deferred(), mpl.rc_context(STYLE):
         drawn = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(drawn)
         yield drawn

@@ -7,6 +7,7 @@ the commands run as they are.
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,11 @@ from common.errors import UserError
 from common.interrupt import listening
 from common.versions import COMMIT_VARIABLE, commit
 
+# `python run_x.py` has no use for Modal, and starts in half the time without.
+STARTED_HERE = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name.startswith("run_")
 try:
+    if STARTED_HERE:
+        raise ModuleNotFoundError
     import modal
 except ModuleNotFoundError:
     modal = None  # type: ignore[assignment]

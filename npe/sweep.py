@@ -79,7 +79,7 @@ def _finished(path: Path, config: CompressorConfig | NPEConfig, compressor: Comp
     there, names = read_sealed(path, "this stage"), begun_with(config)
     differs = difference({name: there["config"].get(name) for name in names}, names)
     if not differs:
-        differs = difference(there["fingerprints"], _fingerprints(config, compressor))
+        differs = difference(there.get("fingerprints", {}), _fingerprints(config, compressor))
     if differs:
         raise UserError(
             f"{path} was made from others ({differs}); give the same, --restart in the quotes, or another --name"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from common.config import CheckConfig, CompressorConfig, MockConfig, NPEConfig, 
 from common.device import pick_device, pick_precision
 from common.early_stopping import EarlyStopping
 from common.errors import UserError, exit_on_user_error
+from common.figures import figure
+from common.interrupt import Interrupted, listening
 from common.schedule import lr_at
 
 SCHEDULE = {"steps_per_epoch": 52, "peak": 8e-3, "warmup_steps": 500, "decay_factor": 0.85, "decay_epochs": 20}
@@ -164,6 +167,13 @@ def test_help_and_refusals_need_neither_torch_nor_modal_nor_ducc0(tmp_path: Path
             )
             assert done.returncode == code, done.stderr
             assert "Traceback" not in done.stderr
+
+
+def test_a_signal_waits_until_a_picture_is_drawn(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted), listening(), figure(tmp_path / "x.png", 2, 2) as drawn:
+        os.kill(os.getpid(), signal.SIGTERM)
+        drawn.subplots().set_title("drawn $x^2$")
+    assert (tmp_path / "x.png").stat().st_size > 1000
 
 
 def test_a_full_gpu_is_one_line_with_a_cure(capsys: pytest.CaptureFixture[str]) -> None:
