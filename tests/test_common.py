@@ -170,9 +170,13 @@ def test_help_and_refusals_need_neither_torch_nor_modal_nor_ducc0(tmp_path: Path
 
 
 def test_a_signal_waits_until_a_picture_is_drawn(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted), listening(), figure(tmp_path / "x.png", 2, 2) as drawn:
-        os.kill(os.getpid(), signal.SIGTERM)
-        drawn.subplots().set_title("drawn $x^2$")
+    def draw() -> None:
+        with listening(), figure(tmp_path / "x.png", 2, 2) as drawn:
+            os.kill(os.getpid(), signal.SIGTERM)
+            drawn.subplots().set_title("drawn $x^2$")
+
+    with pytest.raises(Interrupted):
+        draw()
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
