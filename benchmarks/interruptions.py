@@ -1,6 +1,6 @@
 """Stop the mock suite a hundred times at random instants: `python benchmarks/interruptions.py`.
 
-Large tiles (lmax 600), eight workers, three shards of eight simulations. In turn SIGINT to the whole group, as Ctrl-C
+Large tiles (lmax 600), eight workers, three shards of four simulations. In turn SIGINT to the whole group, as Ctrl-C
 sends it, SIGTERM and SIGKILL to the command, and a disk that is full after a random number of bytes. Measured is the
 time from the signal, or from the write that failed, until the command and all its workers are gone. Every command goes
 on where the one before was stopped; whenever the suite is finished, its shards must be those of one never stopped.
@@ -33,8 +33,8 @@ from common.artifacts import write_json
 from common.device import pick_device
 from common.progress import Progress
 
-COMMAND = "--lmax 600 --noise-level des_y3 --n-sims 24 --workers 8"
-SHARD_BYTES = 8 * 12 * 4 * 256 * 256 * 4
+COMMAND = "--lmax 600 --noise-level des_y3 --n-sims 12 --workers 8"
+SHARD_BYTES = 4 * 12 * 4 * 256 * 256 * 4
 LIMIT_S = 2.0
 KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, "full disk")
 # Writes in the child process: when a write failed, as a line that the parent finds.
@@ -45,7 +45,7 @@ import run_mock
 def watch():
     import data.mock.suite as suite
     from data.shards import ShardWriter
-    suite.SIMS_PER_SHARD = 8
+    suite.SIMS_PER_SHARD = 4
     write = ShardWriter.write
     def watched(*arguments):
         try:
