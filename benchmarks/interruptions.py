@@ -65,6 +65,7 @@ def start(folder: Path, log: Path, bytes_per_file: int = resource.RLIM_INFINITY)
     """The command, in a session of its own."""
 
     def limit() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has what it starts in the background ignore it
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, resource.RLIM_INFINITY))
 
     script = folder / "run_watched.py"

@@ -401,7 +401,11 @@ class SweepRun:
         if twice := [word for word in text.split() if word.split("=")[0] in own]:
             raise UserError(f"{twice[0]} is the sweep's own option; leave it out of the quotes")
         flags = [word for name, value in given.items() for word in (_flag(name), str(value))]
-        return parse_args(config_class, [*flags, *shlex.split(text)])
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise UserError(f"{text!r} cannot be read as options ({error}); see to its quotes") from None
+        return parse_args(config_class, [*flags, *words])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from common.config import ResultsOptions
 from common.errors import UserError
 from common.interrupt import listening
-from common.versions import COMMIT_VARIABLE, commit
+from common.versions import COMMIT, COMMIT_VARIABLE
 
 # `python run_x.py` has no use for Modal, and starts in half the time without.
 STARTED_HERE = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name.startswith("run_")
@@ -50,7 +50,7 @@ if modal is not None:
     FUNCTION: dict[str, Any] = {
         "image": image,
         "volumes": {RESULTS: volume},
-        "env": {COMMIT_VARIABLE: commit()},
+        "env": {COMMIT_VARIABLE: COMMIT},
         "timeout": TIMEOUT_S,
         "retries": modal.Retries(max_retries=10, initial_delay=0.0),
         "single_use_containers": True,
@@ -132,9 +132,9 @@ def _moved_in_quotes(text: str) -> str:
     words = shlex.split(text)
     for i, word in enumerate(words):
         flag, equals, path = word.partition("=")
-        if flag in flags and equals:
+        if flag in flags and path:
             words[i] = f"{flag}={_volume_path(path)}"
-        elif flag in flags and i + 1 < len(words):
+        elif flag in flags and not equals and i + 1 < len(words) and words[i + 1]:
             words[i + 1] = str(_volume_path(words[i + 1]))
     return shlex.join(words)
 

@@ -33,7 +33,10 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip()
 
 
+COMMIT = commit()  # when the code is imported: by the end of a training another one may be checked out
+
+
 def versions() -> dict[str, str]:
     """The commit, Python, and the packages that a result depends on."""
     packages = ("torch", "torchvision", "numpy")
-    return {"commit": commit(), "python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"commit": COMMIT, "python": platform.python_version(), **{name: version(name) for name in packages}}

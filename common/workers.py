@@ -40,14 +40,18 @@ class WorkerPool:
         self._threads = ThreadPoolExecutor(n_workers, "worker")
         self._processes: list[Any] = []
         self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        with _hidden_main():
-            for _ in range(n_workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
-                process.start()
-                theirs.close()
-                self._processes.append(process)
-                self._idle.put(ours)
+        try:
+            with _hidden_main():
+                for _ in range(n_workers):
+                    ours, theirs = context.Pipe()
+                    process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+                    process.start()
+                    theirs.close()
+                    self._processes.append(process)
+                    self._idle.put(ours)
+        except OSError as error:
+            self.kill()
+            raise UserError(f"cannot start {n_workers} processes ({error.strerror}); give fewer as --workers") from None
 
     def submit(self, function: Callable[[Job], Result], job: Job) -> Future[Result]:
         """Have a process call a function of a module; what it returns or raises comes back."""
@@ -140,11 +144,13 @@ def _serve(pipe: Connection, parent: int) -> None:
         while True:
             function, job = pipe.recv()
             try:
-                answer = True, function(job)
-            except Exception as error:  # whatever it is, it is raised where the result is awaited
-                error.add_note(traceback.format_exc())
-                answer = False, error
-            pipe.send(answer)
+                pipe.send((True, function(job)))
+            except ConnectionError:
+                return
+            except (UserError, OSError) as error:
+                pipe.send((False, error))
+            except Exception:  # whatever it is, and whether it could be sent or not
+                pipe.send((False, RuntimeError(traceback.format_exc())))
 
 
 def in_order(pool: WorkerPool, function: Callable[[Job], Result], jobs: Iterable[Job], ahead: int) -> Iterator[Result]:

@@ -105,8 +105,8 @@ def _train(config: CompressorConfig, folder: Path, on_checkpoint: Callable[[], N
         warn(f"{tiles_dir} has no simulation {config.fiducial_sim_id}: stage 2 will find no fiducial tiles and refuse")
     if not last.read_data(data.fingerprints):
         make_empty_folder(folder)
-    write_manifest(folder, data.manifest)
-    write_norm_stats(folder, data.norm_stats)
+        write_manifest(folder, data.manifest)
+        write_norm_stats(folder, data.norm_stats)
 
     torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
     model = FieldLevelCompressor(config.backbone, dtype).to(device)

@@ -6,6 +6,7 @@ import numpy as np
 
 N_TILES = 24  # that are looked at
 SMALLEST_LMAX = 64  # below it the bands are narrower than the window's resolution
+RESOLVED = 3.0  # multipoles per pixel of a side: along an axis the shortest wave, two pixels, has ell = 3.09 N
 # Bands of ell / lmax: well inside, just inside and just outside of what the tiles should have.
 INSIDE, BELOW, ABOVE = (0.5, 0.65), (0.82, 0.92), (1.12, 1.25)
 # Power per mode relative to the band before. Of mock tiles from lmax 64 to 1000, noiseless to des_y3, right ones have
@@ -15,11 +16,17 @@ EDGE = 0.3
 
 
 def band_limit_problem(kappa: np.ndarray, lmax: int) -> str:
-    """What contradicts that tiles (n, 4, N, N) have the multipoles up to lmax and no others; empty if nothing does."""
-    if lmax < SMALLEST_LMAX:
+    """What contradicts that tiles (n, 4, N, N) have the multipoles up to lmax and no others; empty if nothing does.
+
+    It tells an lmax that is off by a fifth or more.
+    """
+    some = kappa[:: max(1, len(kappa) // N_TILES)][:N_TILES]
+    some = some[(np.ptp(some, axis=(2, 3)) > 0).all(axis=1)]  # a constant bin has no spectrum, and is told elsewhere
+    resolved = RESOLVED * kappa.shape[-1] / lmax
+    if lmax < SMALLEST_LMAX or BELOW[1] > resolved or not len(some):
         return ""
-    inside, below, above = power_in_bands(kappa[:: max(1, len(kappa) // N_TILES)][:N_TILES], lmax)
-    if above > EDGE * below:
+    inside, below, above = power_in_bands(some, lmax)
+    if ABOVE[1] <= resolved and above > EDGE * below:
         return f"they have power beyond lmax {lmax}"
     return f"they have next to no power just below lmax {lmax}" if below < EDGE * inside else ""
 

@@ -28,7 +28,7 @@ from common.lock import FOREVER, locked
 from common.machine import free_memory
 from data.moments import Moments, empty_moments, moments_of, moments_of_chunk
 from data.schema import N_BINS, nside_of
-from data.shards import TileIndex, Tiles, digests_of, read_index, read_pixels, read_tiles, shard_paths
+from data.shards import TileIndex, Tiles, check_lmax, digests_of, read_index, read_pixels, read_tiles, shard_paths
 
 FOLDER, PIXELS, LABELS, LOCK = "cache", "tiles.f32", "tiles.npz", "lock"
 FORMAT = 4
@@ -53,6 +53,7 @@ def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: i
     paths = shard_paths(folder, lmax, noise_level)
     cache = folder / FOLDER
     wanted = {"format": FORMAT, "lmax": lmax, "noise_level": noise_level, "nside": nside_of(lmax, nside)}
+    check_lmax(paths[0], lmax)  # the folder may have been renamed since the cache was made
     if (found := _from_cache(cache, paths, wanted)) is not None:
         return found
     before = [_identity(path) for path in paths]

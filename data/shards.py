@@ -308,8 +308,10 @@ def check_lmax(path: Path, lmax: int) -> None:
     """
     stated = _description(path).get("lmax")
     where = path
-    if stated is None and (name := CONFIGURATION.match(path.resolve().parent.name)):
-        stated, where = int(name[1]), path.parent
+    if stated is None:  # the folder's name as it was given, or as it is behind a link
+        names = (CONFIGURATION.match(folder.name) for folder in (path.parent.absolute(), path.parent.resolve()))
+        if name := next(filter(None, names), None):
+            stated, where = int(name[1]), path.parent
     if stated not in (None, lmax):
         raise UserError(
             f"{where} holds tiles of lmax {stated}, where {lmax} is due; give their lmax, or another folder of tiles"

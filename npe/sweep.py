@@ -23,7 +23,7 @@ from common.artifacts import (
 )
 from common.config import CompressorConfig, NPEConfig, SweepConfig, SweepRun, begun_with, difference
 from common.errors import UserError, say
-from common.versions import versions
+from common.versions import COMMIT, versions
 from compress.model import CHECKPOINT_NAME
 from compress.train import RESULT_NAME as COMPRESSOR_RESULT_NAME
 from compress.train import train_compressor
@@ -55,10 +55,9 @@ def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -
             train_compressor(compressor, on_checkpoint)
         npe = run.npe(str(folder / CHECKPOINT_NAME))
         result_path = npe_folder(run.sweep.results_dir, run.tag) / RESULT_NAME
-        if _is_of_another_compressor(result_path, npe):  # stage 1 was made anew
-            npe = replace(npe, restart=True)
-        if not _finished(result_path, npe, compressor):
-            train_npe(npe, on_checkpoint)
+        if _is_of_another_compressor(result_path, npe) or not _finished(result_path, npe, compressor):
+            # What is there, finished or not, may be of a compressor that stage 1 has replaced.
+            train_npe(replace(npe, restart=True), on_checkpoint)
         result = read_sealed(result_path, "stage 2")
         keys = ("fom_fiducial_median", "fom_fiducial_std", "fom_test_median")
         return point | {key: result[key] for key in keys} | {"s": result["calibration"]["s"]}
@@ -69,17 +68,19 @@ def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -
 
 
 def _finished(path: Path, config: CompressorConfig | NPEConfig, compressor: CompressorConfig) -> bool:
-    """Whether a stage has its result, from the same options and data, and is not to be made anew.
+    """Whether a stage has its result, from the same options and data, and with --restart by the same code.
 
     Raises:
-        UserError: it has one from others.
+        UserError: it has one from others, and not --restart.
     """
-    if config.restart or not path.exists():
+    if not path.exists():
         return False
     there, names = read_sealed(path, "this stage"), begun_with(config)
     differs = difference({name: there["config"].get(name) for name in names}, names)
     if not differs:
         differs = difference(there.get("fingerprints", {}), _fingerprints(config, compressor))
+    if config.restart:
+        return not differs and there["versions"].get("commit") == COMMIT
     if differs:
         raise UserError(
             f"{path} was made from others ({differs}); give the same, --restart in the quotes, or another --name"

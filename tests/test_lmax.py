@@ -14,6 +14,7 @@ from common.config import MockConfig, NoiseLevel
 from common.errors import UserError
 from data.audit import audit_tiles
 from data.band_limit import band_limit_problem
+from data.cache import read_tiles_through_cache
 from data.mock.suite import build_suite
 from data.moments import moments_of
 from data.schema import PARAM_NAMES, nside_of, tile_keys
@@ -56,7 +57,17 @@ def test_published_shards_are_compared_by_the_name_of_their_folder(tmp_path: Pat
     with pytest.raises(UserError, match=f"des_y3 holds tiles of lmax {OTHER_LMAX}, where 32 is due"):
         read_tiles(folder, 32, "des_y3")
     assert len(read_tiles(folder, OTHER_LMAX, "des_y3").keys) == 120
-    folder.rename(tmp_path / "mine")
+    linked = tmp_path / "lmax_20_des_y3"
+    linked.mkdir()  # as the hub's own cache lays files out
+    for shard in folder.glob("*.parquet"):
+        (linked / shard.name).symlink_to(shard)
+    with pytest.raises(UserError, match="des_y3 holds tiles of lmax 20, where 32 is due"):
+        read_tiles(linked, 32, "des_y3")
+    read_tiles_through_cache(folder, OTHER_LMAX, "des_y3")
+    folder.rename(tmp_path / "lmax_32_des_y3")
+    with pytest.raises(UserError, match="holds tiles of lmax 32"):
+        read_tiles_through_cache(tmp_path / "lmax_32_des_y3", OTHER_LMAX, "des_y3")
+    (tmp_path / "lmax_32_des_y3").rename(tmp_path / "mine")
     assert len(read_tiles(tmp_path / "mine", OTHER_LMAX, "des_y3").keys) == 120
 
 
@@ -67,6 +78,7 @@ def test_power_betrays_an_lmax_that_is_off_by_a_quarter(lmax: int, noise_level: 
     """800 and 1000, which share N, differ by that much; 400 and 600 by more."""
     kappa = simulated(lmax, noise_level, geometry)
     assert band_limit_problem(kappa, lmax) == ""
+    kappa[5, 2] = 1.0  # one odd tile does not blind it
     if lmax > 64:  # at 64 the bands of smaller ones are too narrow
         assert "beyond lmax" in band_limit_problem(kappa, round(0.8 * lmax))
     assert "just below lmax" in band_limit_problem(kappa, round(1.25 * lmax))

@@ -118,6 +118,8 @@ def test_a_point_is_finished_only_for_the_same_data_and_compressor_and_without_r
 
     assert sweep(f"--tiles-dir {folders['one']} --restart")[0] == 0  # and stage 2 after it, for its new compressor
     second = result()
+    assert sweep(f"--tiles-dir {folders['one']} --restart")[0] == 0  # the same command goes on, and has nothing to do
+    assert result() == second
     assert second["fingerprints"]["tiles"] != first["fingerprints"]["tiles"]
     assert second["compressor"]["sha256"] != first["compressor"]["sha256"]
     assert second["fom_fiducial_median"] != first["fom_fiducial_median"]

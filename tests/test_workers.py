@@ -33,6 +33,17 @@ def failing(number: int) -> int:
     return number
 
 
+class Unsendable(Exception):
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one)
+
+
+def spoiled(number: int) -> object:
+    if number == 1:
+        raise Unsendable("the real reason", "")
+    return (value for value in ())  # does not pickle
+
+
 def dying(number: int) -> int:
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -78,6 +89,13 @@ def test_results_come_in_order_and_what_is_raised_comes_back(monkeypatch: pytest
         with pytest.raises(UserError, match=r"cannot write a shard .*make room"):
             next(found)
     assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_what_cannot_be_sent_still_tells_the_reason() -> None:
+    with worker_pool(1) as pool:
+        for number, reason in ((0, "cannot pickle 'generator' object"), (1, "the real reason")):
+            with pytest.raises(RuntimeError, match=reason):
+                pool.submit(spoiled, number).result()
 
 
 def test_a_worker_that_dies_is_an_error_with_a_cure() -> None:

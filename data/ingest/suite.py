@@ -20,7 +20,7 @@ from common.errors import UserError, warn
 from common.interrupt import result_of
 from common.machine import free_memory, usable_cores
 from common.progress import Progress
-from common.versions import commit
+from common.versions import COMMIT
 from common.workers import worker_pool
 from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
@@ -198,7 +198,7 @@ def summarise(jobs: list[Job], outcomes: list[Outcome], elapsed_s: float) -> dic
         "left_out": {str(o.sim_id): o.problem for o in outcomes if o.problem},
         "incomplete": {str(o.sim_id): list(o.incomplete) for o in outcomes if o.incomplete},
         "elapsed_s": round(elapsed_s, 1),
-        "commit": commit(),
+        "commit": COMMIT,
     }
     params = {shard_path("", job.sim_id).name: job.params for job in jobs}
     for (lmax, _), folder in zip(jobs[0].shards, folders, strict=True):
