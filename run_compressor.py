@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from common import remote
-from common.config import CompressorConfig, parse_args, with_signature_of
 from common.errors import exit_on_user_error
+from common.options import parse_args, with_signature_of
+from compress.config import CompressorConfig
 
 
 @exit_on_user_error

@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from common import remote
-from common.config import IngestConfig, parse_args, with_signature_of
 from common.errors import UserError, exit_on_user_error
+from common.options import parse_args, with_signature_of
+from data.ingest.config import IngestConfig
 
 
 @exit_on_user_error

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from common.artifacts import compressor_folder, npe_folder, read_json, tiles_folder, write_json
-from common.config import Vary
 from common.device import describe_device
 from common.figures import BLUE, GREY, ORANGE, figure
 from common.versions import versions
 from compress.model import load_compressor
+from data.mock.config import Vary
 from data.mock.cosmology import FIDUCIAL, held_fixed, prior_quantile
 from data.mock.exact import (
     ExactPosterior,

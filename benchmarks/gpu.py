@@ -27,15 +27,18 @@ from torch.nn import functional
 
 from benchmarks import npe_epoch, train_step
 from benchmarks.measure import Row, report
-from common.config import CompressorConfig, Device, MockConfig, NPEConfig
 from common.device import free_memory_of, pick_device, pick_precision
 from common.errors import exit_on_user_error, say
 from common.interrupt import Interrupted
+from common.machine import Device
+from compress.config import CompressorConfig
 from compress.memory import bytes_of_a_step
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor
 from compress.train import train_compressor
+from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.schema import N_BINS
+from npe.config import NPEConfig
 from npe.model import CHECKPOINT_NAME as NPE_CHECKPOINT_NAME
 from npe.train import train_npe
 

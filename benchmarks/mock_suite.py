@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from benchmarks.measure import ROUNDS, Row, in_turns, report, seconds
-from common.config import MockConfig
 from common.machine import usable_cores
 from common.workers import in_order, worker_pool
+from data.mock.config import MockConfig
 from data.mock.fields import band_of
 from data.mock.suite import build_suite
 from data.schema import N_BINS, nside_of

@@ -23,14 +23,15 @@ import torch
 
 from benchmarks.measure import ROUNDS, Row, in_turns, report, seconds
 from benchmarks.train_step import random_tiles
-from common.config import Backbone, NPEConfig
 from common.device import pick_device, pick_precision
 from common.resume import LastCheckpoint
+from compress.config import Backbone
 from compress.model import FieldLevelCompressor
 from data.module import TileDataset, n_batches, whole_dataset
 from data.norm_stats import NormStats
 from data.schema import N_BINS
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset
+from npe.config import NPEConfig
 from npe.train import fit
 
 N_TRAIN, N_VAL, NSIDE = 2370, 64, 128  # a short validation, compressed once a run and not once an epoch

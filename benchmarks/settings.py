@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.measure import Row, in_turns, report, seconds
-from common.config import Backbone
 from common.device import pick_device
+from compress.config import Backbone
 from compress.model import FieldLevelCompressor
 from data.schema import N_BINS
 

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 
 from benchmarks.measure import ROUNDS, Row, in_turns, report
-from common.config import Feed
 from data.schema import N_BINS, PARAM_NAMES, TILES_PER_SIM
 from data.shards import open_shard
 
 LMAX, NSIDE, LEVEL, BATCH = 1000, 512, "des_y3", 8
-FEEDS: tuple[Feed, ...] = ("resident", "stream")
+FEEDS: tuple[TilesOn, ...] = ("resident", "stream")
 CHILD = """
 import json, sys, threading, time
 from pathlib import Path
@@ -81,7 +80,7 @@ def main() -> None:
         write_suite(scratch / str(n_sims), n_sims)
     memory: dict[str, list[float]] = {}
 
-    def run(feed: Feed, n_sims: int) -> float:
+    def run(tiles_on: TilesOn, n_sims: int) -> float:
         command = [sys.executable, "-c", CHILD, "--lmax", LMAX, "--tiles-dir", scratch / str(n_sims)]
         command += ["--results-dir", scratch / "results", "--tag", feed, "--restart", "--backbone", "tiny"]
         command += ["--max-epochs", 1, "--batch-size", BATCH, "--feed", feed]

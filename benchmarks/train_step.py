@@ -28,10 +28,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import Row, in_turns, report, seconds
-from common.config import Backbone, CompressorConfig, Precision
 from common.device import pick_device, pick_precision
 from common.early_stopping import EarlyStopping
+from common.machine import Precision
 from common.resume import LastCheckpoint
+from compress.config import Backbone, CompressorConfig
 from compress.model import FieldLevelCompressor
 from compress.train import fit
 from data.module import TileDataset, whole_dataset

@@ -11,9 +11,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from common.config import Backbone, Device, Precision
 from common.errors import UserError
-from common.machine import computes_in_bf16, free_memory
+from common.machine import Device, Precision, free_memory
 
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,21 +48,6 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)
-
-
-def pick_precision(name: Precision, device: torch.device, backbone: Backbone) -> torch.dtype:
-    """The dtype that the network's arithmetic runs in, the fastest unless asked: bf16 on a GPU that computes in it.
-
-    On a CPU with bf16 arithmetic efficientnet_v2_s takes 0.8 of the time in bf16, tiny and efficientnet_b0 1.2 of it
-    (benchmarks/README.md).
-    """
-    if name == "auto":
-        if device.type == "cuda":
-            pays = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            pays = device.type == "cpu" and backbone == "efficientnet_v2_s" and computes_in_bf16()
-        return torch.bfloat16 if pays else torch.float32
-    return DTYPES[name]
 
 
 def name_of_dtype(dtype: torch.dtype) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import psutil
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bf16"]
 
 CGROUP = Path("/sys/fs/cgroup")  # where Linux shows a container its own limits
 # Files of the two generations: limit, use, statistics, and in these the name of what files in memory take.

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.config import ResultsOptions
 from common.errors import UserError
 from common.interrupt import listening
+from common.options import ResultsOptions
 from common.versions import COMMIT, COMMIT_VARIABLE
 
 # `python run_x.py` has no use for Modal, and starts in half the time without.

@@ -14,9 +14,9 @@ import torch
 
 from common.artifacts import atomic_path
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.config import difference
 from common.errors import UserError, say
 from common.interrupt import Interrupted, deferred
+from common.options import difference
 from common.progress import METRICS_NAME, append_metrics, write_metrics
 
 LAST_NAME = "last.ckpt"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from common.config import Backbone
+from compress.config import Backbone
 from compress.model import FieldLevelCompressor
 from data.schema import N_BINS
 

@@ -27,7 +27,6 @@ from common.artifacts import (
     tiles_folder,
     write_json,
 )
-from common.config import CompressorConfig, begun_with
 from common.device import describe_device, name_of_dtype, pick_device, pick_precision, seeded_generator
 from common.early_stopping import EarlyStopping
 from common.errors import UserError, warn
@@ -36,6 +35,7 @@ from common.progress import Progress
 from common.resume import LastCheckpoint, Part, Position
 from common.schedule import ema_decay_at, lr_at
 from common.versions import versions
+from compress.config import CompressorConfig
 from compress.memory import bytes_of_a_step
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, load_compressor, save_compressor
 from compress.pictures import draw_predictions

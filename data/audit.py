@@ -13,10 +13,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from common.artifacts import tiles_folder
-from common.config import CheckConfig
 from common.errors import UserError
 from data.band_limit import band_limit_problem
 from data.cache import read_tiles_through_cache
+from data.config import CheckConfig
 from data.moments import Moments, square_symmetries
 from data.schema import FACES, PARAM_NAMES
 from data.shards import Tiles, read_orientations

@@ -13,9 +13,9 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
 from common.artifacts import CannotWriteError, claimed, sha256_of_file
-from common.config import FetchConfig
 from common.errors import UserError
 from common.progress import Progress
+from data.config import FetchConfig
 from data.schema import TILES_PER_SIM
 from data.shards import read_index
 

@@ -12,7 +12,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from common.config import Feed, SplitBy, TileGeometry
 from common.device import free_memory_of, name_of_dtype, to_device
 from common.errors import UserError, say, warn
 from common.interrupt import check
@@ -20,6 +19,7 @@ from common.progress import Progress
 from data.audit import Audit, audit_tiles
 from data.augment import Symmetries, draw_symmetries, gather_augmented
 from data.cache import read_tiles_through_cache
+from data.config import SplitBy, TileGeometry, TilesOn
 from data.norm_stats import NormStats, compute_norm_stats
 from data.schema import NOISELESS
 from data.shards import Tiles, read_orientations
@@ -217,7 +217,7 @@ class TileDataModule:
         split_by: SplitBy,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        feed: Feed = "auto",
+        tiles_on: TilesOn = "auto",
         reserve: int = 0,
         noiseless_dir: Path | None = None,
         manifest: SplitManifest | None = None,
@@ -227,7 +227,7 @@ class TileDataModule:
         self.geometry: TileGeometry = geometry
         self.fiducial_sim_id, self.split_seed, self.split_by = fiducial_sim_id, split_seed, split_by
         self.device, self.dtype = device, dtype
-        self.feed: Feed = feed
+        self.tiles_on: TilesOn = tiles_on
         self.reserve = reserve
         self.noiseless_dir = noiseless_dir
         self._given_manifest, self._given_norm_stats = manifest, norm_stats
@@ -256,7 +256,7 @@ class TileDataModule:
             norm_stats=self.norm_stats,
             device=self.device,
             dtype=dtype,
-            feed=self.feed,
+            tiles_on=self.tiles_on,
             reserve=self.reserve,
         )
         everything = place(self.tiles, called="tiles")
@@ -314,7 +314,7 @@ def whole_dataset(
     norm_stats: NormStats,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    feed: Feed = "auto",
+    tiles_on: TilesOn = "auto",
     reserve: int = 0,
     called: str = "",
 ) -> TileDataset:
@@ -325,7 +325,7 @@ def whole_dataset(
         norm_stats: they are normalised with.
         device: they are given on.
         dtype: that they are given in, the one that the network computes in: it would round them to it anyway.
-        feed: "resident" holds them on the device, "stream" leaves them where they are and reads batch by batch,
+        tiles_on: "device" holds them there, "disk" leaves them where they are and reads batch by batch,
             "auto" holds them if they fit.
         reserve: bytes of the device's free memory that are left to the network.
         called: so in the line that says what was chosen; without a name nothing is said.
@@ -333,10 +333,10 @@ def whole_dataset(
     theta = torch.from_numpy(norm_stats.normalise_theta(tiles.theta).astype(np.float32))  # (n, 2)
     size, free = tiles.kappa.size * dtype.itemsize, free_memory_of(device)
     room = int(MEMORY_SHARE * (free - reserve))
-    held = feed == "resident" or (feed == "auto" and size <= room)
+    held = tiles_on == "device" or (tiles_on == "auto" and size <= room)
     if called:
         chosen = f"held on {device}" if held else "read batch by batch"
-        why = f"--feed {feed}" if feed != "auto" else f"{_gb(free)} free, of which {_gb(reserve)} for the network"
+        why = f"--tiles-on {tiles_on}" if tiles_on != "auto" else f"{_gb(free)} free, of which {_gb(reserve)} for the network"
         say(f"{called}: {_gb(size)} as {name_of_dtype(dtype)}, {chosen} ({why})")
     if reserve > free:
         warn(f"a step may need {_gb(reserve)} where {_gb(free)} are free on {device}; give a smaller --batch-size")

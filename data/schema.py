@@ -13,6 +13,7 @@ TILES_PER_SIM = N_ORIENTATIONS * len(FACES)
 
 KEY_NAMES = ("sim_id", "orientation_id", "tile_id")  # the canonical order of tiles
 PARAM_NAMES = ("Omega_m", "sigma_8", "S8", "w", "h", "n_s", "Omega_b", "m_nu")  # m_nu in eV, the rest pure numbers
+FOM_PARAMS = ("Omega_m", "S8")  # that the Figure of Merit is of
 THETA_NAMES = ("Omega_m", "S8")  # what is inferred, in this order everywhere
 THETA_COLUMNS = [PARAM_NAMES.index(name) for name in THETA_NAMES]
 SIMS_PER_SHARD = 50  # as in the published shards

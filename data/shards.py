@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.artifacts import atomic_path
-from common.config import TileGeometry
 from common.errors import UserError
 from common.machine import usable_cores
 from common.progress import Progress
+from data.config import TileGeometry
 from data.schema import KEY_NAMES, N_BINS, PARAM_NAMES, THETA_COLUMNS, nside_of, s8_of
 from data.sky import ORIENTATIONS, Orientations
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from common.artifacts import read_sealed, sealed, write_json
-from common.config import SplitBy
 from common.errors import UserError
+from data.config import SplitBy
 from data.schema import KEY_NAMES
 from data.shards import Tiles, digests_of
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from common.artifacts import CannotWriteError
-from common.config import difference
 from common.errors import UserError
+from common.options import difference
 from data.cache import FOLDER as CACHE
 from data.shards import description_of
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.config import NPEConfig
 from common.errors import UserError
 from data.norm_stats import NormStats
 from data.schema import THETA_NAMES
+from npe.config import NPEConfig
 
 N_THETA = len(THETA_NAMES)
 HIDDEN = 64

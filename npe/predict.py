@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from common.artifacts import COMPRESSOR_RUNS, atomic_path, make_empty_folder, read_sealed, write_json
-from common.config import PredictConfig
 from common.device import describe_device, pick_device, precision_of
 from common.errors import UserError, warn
 from common.versions import versions
@@ -21,6 +20,7 @@ from data.norm_stats import read_norm_stats
 from data.schema import THETA_NAMES, nside_of
 from data.single_tiles import read_single_tiles
 from npe.compressed import CompressedTileDataset
+from npe.config import PredictConfig
 from npe.likeness import REFERENCE_NAME, WARN_BELOW, Likeness, load_reference, look_at
 from npe.model import CHECKPOINT_NAME, Posterior, load_npe, predict_posterior
 from npe.pictures import draw_predictions

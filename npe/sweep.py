@@ -21,15 +21,17 @@ from common.artifacts import (
     tiles_folder,
     write_json,
 )
-from common.config import CompressorConfig, NPEConfig, SweepConfig, SweepRun, begun_with, difference
 from common.errors import UserError, say
+from common.options import difference
 from common.versions import COMMIT, versions
+from compress.config import CompressorConfig
 from compress.model import CHECKPOINT_NAME
 from compress.train import RESULT_NAME as COMPRESSOR_RESULT_NAME
 from compress.train import train_compressor
 from data.cache import read_tiles_through_cache
 from data.schema import NOISELESS
 from data.split import fingerprint_of
+from npe.config import NPEConfig, SweepConfig, SweepRun
 from npe.fom import scatter
 from npe.pictures import draw_curve
 from npe.train import RESULT_NAME, train_npe

@@ -22,7 +22,6 @@ from common.artifacts import (
     tiles_folder,
     write_json,
 )
-from common.config import NPEConfig, begun_with
 from common.device import describe_device, name_of_dtype, pick_device, seeded_generator
 from common.errors import UserError, warn
 from common.figures import draw_loss_curves
@@ -39,6 +38,7 @@ from data.shards import Tiles
 from data.split import MANIFEST_NAME, fingerprint_of, read_manifest
 from npe.calibration import calibrate
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all
+from npe.config import NPEConfig
 from npe.ensemble import Member, ensemble_to_json, make_members
 from npe.fom import augmentation_shift, bootstrap_median, scatter
 from npe.likeness import REFERENCE_NAME, Reference, look_at, save_reference

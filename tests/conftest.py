@@ -14,7 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
-from common.config import MockConfig, NoiseLevel
+from data.config import NoiseLevel
+from data.mock.config import MockConfig
 from data.mock.cosmology import design
 from data.mock.simulation import Simulation, simulate
 from data.mock.suite import build_suite

@@ -13,9 +13,10 @@ import pytest
 from conftest import SMALL_LMAX, SMALL_SUITE, make_tiles, write_tiles
 
 import data.audit
-from common.config import CheckConfig, MockConfig
 from common.errors import UserError
 from data.audit import Audit, audit_tiles, check_tiles, count_partners, groups_of, shared_sky_pairs, twin_pairs
+from data.config import CheckConfig
+from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.moments import moments_of
 from data.schema import PARAM_NAMES

@@ -17,13 +17,17 @@ from conftest import ROOT
 
 from common.artifacts import atomic_path, write_json
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.config import CheckConfig, CompressorConfig, MockConfig, NPEConfig, parse_args, with_signature_of
 from common.device import pick_device, pick_precision
 from common.early_stopping import EarlyStopping
 from common.errors import UserError, exit_on_user_error
 from common.figures import figure
 from common.interrupt import Interrupted, listening
+from common.options import parse_args, with_signature_of
 from common.schedule import lr_at
+from compress.config import CompressorConfig
+from data.config import CheckConfig
+from data.mock.config import MockConfig
+from npe.config import NPEConfig
 
 SCHEDULE = {"steps_per_epoch": 52, "peak": 8e-3, "warmup_steps": 500, "decay_factor": 0.85, "decay_epochs": 20}
 

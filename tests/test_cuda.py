@@ -12,11 +12,12 @@ import torch
 from conftest import SMALL_LMAX
 from pretend_cuda import CUDA, PretendCuda, pretend_cuda
 
-from common.config import CompressorConfig, NPEConfig, PredictConfig
 from common.device import to_device
 from common.interrupt import Interrupted
 from common.resume import Position
+from compress.config import CompressorConfig
 from compress.train import train_compressor
+from npe.config import NPEConfig, PredictConfig
 from npe.predict import predict_tiles
 from npe.train import train_npe
 

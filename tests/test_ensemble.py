@@ -11,12 +11,12 @@ from scipy.stats import multivariate_normal
 from test_npe import CPU, LinearGaussian, MeanCompressor, Splits
 
 from common.artifacts import sealed, write_json
-from common.config import NPEConfig
 from common.device import seeded_generator
 from common.errors import UserError
 from common.resume import LastCheckpoint
 from npe.combine import combine_runs
 from npe.compressed import CompressedTileDataModule
+from npe.config import NPEConfig
 from npe.ensemble import gaussian_kl, mixture, worst_divergence
 from npe.model import Posterior, load_npe
 from npe.train import fit

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import gamma, kstest, norm
 
-from common.config import MockConfig
 from common.errors import UserError
+from data.mock.config import MockConfig
 from data.mock.cosmology import FIDUCIAL, held_fixed, prior_density, prior_quantile
 from data.mock.exact import (
     ExactPosterior,

@@ -16,7 +16,6 @@ import common.device
 import common.machine
 import data.cache
 import data.module
-from common.config import Feed
 from common.errors import UserError
 from compress.memory import bytes_of_a_step
 from compress.model import FieldLevelCompressor, load_compressor
@@ -33,7 +32,7 @@ STAGE_1 = ["--lmax", SMALL_LMAX, "--noise-level", "noiseless", "--backbone", "ti
 STAGE_1 += ["--warmup-steps", 5, "--device", "cpu", "--batch-size", 64]
 
 
-def dataset_of(tiles: Tiles, feed: Feed = "auto", dtype: torch.dtype = torch.float32) -> TileDataset:
+def dataset_of(tiles: Tiles, tiles_on: TilesOn = "auto", dtype: torch.dtype = torch.float32) -> TileDataset:
     norm_stats = compute_norm_stats(tiles.theta, moments_of(tiles.kappa))
     return whole_dataset(tiles, norm_stats, CPU, dtype, feed)
 

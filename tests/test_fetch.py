@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from conftest import make_tiles, write_tiles
 
-from common.config import FetchConfig
 from common.errors import UserError
+from data.config import FetchConfig
 from data.fetch import fetch_tiles
 from data.shards import read_tiles
 

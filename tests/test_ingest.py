@@ -30,10 +30,10 @@ from conftest import GUARD_S, ROOT, SHARED_DATA
 from fake_lightcones import PARTICLES_PER_VOLUME, lensing_cl, shells_of, write_lightcone, write_nz, write_parameters
 
 from common.artifacts import CannotWriteError
-from common.config import IngestConfig
 from common.errors import UserError
 from data.ingest import born, lightcone
 from data.ingest.born import born_weights
+from data.ingest.config import IngestConfig
 from data.ingest.download import download
 from data.ingest.lightcone import BadSimulationError, project_lightcone
 from data.ingest.nz import read_nz

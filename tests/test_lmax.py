@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from conftest import SMALL_LMAX, make_tiles, simulated, write_tiles
 
-from common.config import MockConfig, NoiseLevel
 from common.errors import UserError
 from data.audit import audit_tiles
 from data.band_limit import band_limit_problem
 from data.cache import read_tiles_through_cache
+from data.config import NoiseLevel
+from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.moments import moments_of
 from data.schema import PARAM_NAMES, nside_of, tile_keys

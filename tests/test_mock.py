@@ -14,8 +14,8 @@ from conftest import SHARED_DATA, SMALL_LMAX, SMALL_SUITE
 from scipy.special import sph_harm_y
 from scipy.stats import kstest
 
-from common.config import MockConfig
 from common.errors import UserError
+from data.mock.config import MockConfig
 from data.mock.cosmology import FIDUCIAL, S8_COUNTS, S8_EDGES, design
 from data.mock.fields import gaussian_cl_of_lognormal, hilbert_shift, signal_alm
 from data.mock.suite import FRESH_SEED_OFFSET, build_suite

@@ -21,15 +21,10 @@ import torch
 from conftest import GUARD_S, ROOT, SMALL_LMAX
 
 from common import remote
-from common.config import (
-    CheckConfig,
-    CompressorConfig,
-    FetchConfig,
-    IngestConfig,
-    NPEConfig,
-    PredictConfig,
-    SweepConfig,
-)
+from compress.config import CompressorConfig
+from data.config import CheckConfig, FetchConfig
+from data.ingest.config import IngestConfig
+from npe.config import NPEConfig, PredictConfig, SweepConfig
 
 pytest.importorskip("modal")
 pytestmark = pytest.mark.modal

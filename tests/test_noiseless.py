@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import make_tiles, simulated, write_tiles
 
-from common.config import Feed, MockConfig, NoiseLevel
 from common.errors import UserError
+from data.config import NoiseLevel
+from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.module import NOT_NOISE, TileDataModule, batches, slope_on_signal
 from data.schema import noise_cl
@@ -33,7 +34,7 @@ def coded_suite(folder: Path) -> tuple[Path, Path]:
     return folder / "noisy", folder / "signal"
 
 
-def module_of(tiles_dir: Path, noiseless_dir: Path | None, feed: Feed = "auto") -> TileDataModule:
+def module_of(tiles_dir: Path, noiseless_dir: Path | None, tiles_on: TilesOn = "auto") -> TileDataModule:
     data = TileDataModule(
         tiles_dir, LMAX, "des_y3", 109, split_seed=1, split_by="tile", device=CPU, feed=feed,
         noiseless_dir=noiseless_dir,
@@ -44,7 +45,7 @@ def module_of(tiles_dir: Path, noiseless_dir: Path | None, feed: Feed = "auto") 
 
 @pytest.mark.parametrize("feed", ["resident", "stream"])
 def test_signals_keep_their_theta_and_noise_comes_from_the_whole_split_and_nowhere_else(
-    tmp_path: Path, feed: Feed
+    tmp_path: Path, tiles_on: TilesOn
 ) -> None:
     data = module_of(*coded_suite(tmp_path), feed)
     stats = data.norm_stats

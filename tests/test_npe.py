@@ -10,7 +10,6 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-from common.config import NPEConfig
 from common.device import seeded_generator
 from common.resume import LastCheckpoint
 from compress.model import FieldLevelCompressor
@@ -18,6 +17,7 @@ from data.augment import Symmetries, fixed_views, gather_augmented
 from data.module import TileDataset
 from data.norm_stats import NormStats
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all
+from npe.config import NPEConfig
 from npe.fom import augmentation_shift, bootstrap_median
 from npe.model import GaussianNPE, Posterior, load_npe, predict_fom, predict_posterior
 from npe.train import fit

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SMALL_LMAX, make_tiles, write_tiles
 
-from common.config import CompressorConfig
+from compress.config import CompressorConfig
 from compress.model import FieldLevelCompressor, load_compressor
 from compress.train import predict, renew_batch_norm
 from data.module import TileDataModule, whole_dataset

@@ -15,12 +15,16 @@ import pytest
 import torch
 from conftest import SMALL_LMAX
 
-from common.config import CompressorConfig, MockConfig, NoiseLevel, NPEConfig, Precision, PredictConfig
 from common.device import pick_precision
 from common.errors import UserError
+from common.machine import Precision
+from compress.config import CompressorConfig
 from compress.train import train_compressor
+from data.config import NoiseLevel
+from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.shards import read_tiles
+from npe.config import NPEConfig, PredictConfig
 from npe.likeness import N_BANDS, TESTS, Likeness, Reference, spectra_of
 from npe.predict import predict_tiles
 from npe.train import train_npe

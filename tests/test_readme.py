@@ -13,16 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from common.config import (
-    CheckConfig,
-    CompressorConfig,
-    FetchConfig,
-    IngestConfig,
-    MockConfig,
-    NPEConfig,
-    PredictConfig,
-    SweepConfig,
-)
+from compress.config import CompressorConfig
+from data.config import CheckConfig, FetchConfig
+from data.ingest.config import IngestConfig
+from data.mock.config import MockConfig
+from npe.config import NPEConfig, PredictConfig, SweepConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Appended to each command: the last value of an option counts.

@@ -23,12 +23,14 @@ from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBC
 
 from common import interrupt
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.config import CompressorConfig, MockConfig, NPEConfig
 from common.errors import UserError
 from common.resume import KIND, LastCheckpoint
+from compress.config import CompressorConfig
 from compress.train import train_compressor
+from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.module import TileDataset
+from npe.config import NPEConfig
 from npe.train import train_npe
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from conftest import SMALL_LMAX, SMALL_SUITE
 
-from common.config import MockConfig, SweepConfig
 from common.errors import UserError
+from data.mock.config import MockConfig
 from data.mock.suite import build_suite
+from npe.config import SweepConfig
 
 OTHER_LMAX = 24  # 16 x 16 pixels as well
 STAGE_1 = "--backbone tiny --max-epochs 2 --batch-size 64 --warmup-steps 10 --device cpu"

@@ -8,7 +8,7 @@ from typing import get_args
 import healpy
 import numpy as np
 
-from common.config import Ordering
+from data.ingest.config import Ordering
 from data.ingest.lightcone import BadSimulationError
 from data.schema import N_BINS
 

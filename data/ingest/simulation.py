@@ -10,7 +10,7 @@ from pathlib import Path
 import healpy
 import numpy as np
 
-from common.config import Ordering, PixelWindow, SkyGeometry
+from data.ingest.config import Ordering, PixelWindow, SkyGeometry
 from data.ingest.download import download
 from data.ingest.lightcone import BadSimulationError, project_lightcone
 from data.ingest.maps import read_kappa_maps

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from common.artifacts import claimed, tiles_folder, write_json
-from common.config import FIDUCIAL_SIM_ID, IngestConfig
 from common.errors import UserError, warn
 from common.interrupt import result_of
 from common.machine import free_memory, usable_cores
 from common.progress import Progress
 from common.versions import COMMIT
 from common.workers import worker_pool
+from data.config import FIDUCIAL_SIM_ID
+from data.ingest.config import IngestConfig
 from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
 from data.ingest.simulation import Job, Outcome, ingest, shard_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import norm, qmc, rv_histogram, truncnorm
 
-from common.config import Vary
+from data.mock.config import Vary
 from data.mock.theory import COSMO_NAMES
 from data.schema import PARAM_NAMES
 

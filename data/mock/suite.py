@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from common.artifacts import claimed, tiles_folder
-from common.config import MockConfig
 from common.interrupt import result_of
 from common.machine import usable_cores
 from common.progress import Progress
 from common.workers import in_order, worker_pool
+from data.mock.config import MockConfig
 from data.mock.cosmology import FIDUCIAL, design, params_of
 from data.mock.fields import band_of
 from data.mock.simulation import Simulation, simulate

@@ -1,0 +1,73 @@
+"""Options of the commands that work on tiles: run_check.py, run_fetch.py, and what the others share with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from common.options import ResultsOptions, option
+
+NoiseLevel = Literal["noiseless", "des_y3", "lsst_y10", "des_y3_survey", "lsst_y10_survey"]
+SplitBy = Literal["tile", "sim"]
+TileGeometry = Literal["auto", "published", "disjoint"]
+TilesOn = Literal["auto", "device", "disk"]
+
+FIDUCIAL_SIM_ID = 109
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilesDirOptions(ResultsOptions):
+    """Where a command finds its tiles."""
+
+    tiles_dir: str = option(
+        "",
+        "another folder of shard_*.parquet; {lmax} and {noise_level} in it stand for the run's (default: the one for "
+        "them below --results-dir)",
+        path=True,
+        may_change=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileOptions(TilesDirOptions):
+    """Which tiles are meant; stage 2 has these from its checkpoint instead."""
+
+    lmax: int = option(200, "largest multipole of the tiles", above=0)
+    nside: int = option(0, "pixels per side of a tile (0: those that belong to lmax, 128 at 200)", at_least=0)
+    noise_level: NoiseLevel = option(
+        "des_y3", "shape noise; des_y3 and lsst_y10 as published, *_survey at twice that power"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions(TileOptions):
+    """How tiles are split and audited; stage 2 has these from stage 1."""
+
+    split_by: SplitBy = option("tile", "what is dealt out to the splits: single tiles, or whole simulations")
+    split_seed: int = option(42, "seed of the split; leave it, so that runs are comparable", at_least=0)
+    fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "simulation held out of every split")
+    geometry: TileGeometry = option(
+        "auto",
+        "where the tiles lie, to find those that share sky; auto takes what the shards say, published ones nothing",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(SplitOptions):
+    """Check a folder of tiles before training: what the splits share, odd tiles, the fiducial's place in the prior."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig(ResultsOptions):
+    """Download the published Gower Street tiles of one configuration from the Hugging Face hub."""
+
+    lmax: int = option(200, "largest multipole of the tiles", above=0)
+    noise_level: str = option("des_y3", "shape noise of the tiles", plain_name=True)
+    repo: str = option("EiffL/GowerStreetDESY3", "data set on the hub")
+    revision: str = option("main", "branch, tag or commit of it")
+    endpoint: str = option("", "another server than huggingface.co")
+
+    @property
+    def configuration(self) -> str:
+        """Name of its folder on the hub."""
+        return f"lmax_{self.lmax}_{self.noise_level}"

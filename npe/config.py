@@ -1,0 +1,129 @@
+"""Options of run_npe.py, run_sweep.py and run_predict.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UserError
+from common.machine import Device
+from common.options import Config, ResultsOptions, SeedOptions, flag_of, lmax_list, option, parse_args
+from compress.config import CompressorConfig, TrainingOptions
+from data.config import NoiseLevel
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPEConfig(TrainingOptions, SeedOptions):
+    """Stage 2: learn the posterior from the frozen compressor's summaries; the Figure of Merit at the fiducial."""
+
+    ckpt: str = option(
+        dataclasses.MISSING,
+        "best.ckpt of a stage-1 run; its split and normalisation are read from beside it",
+        path=True,
+        may_change=True,
+    )
+    results_dir: str = option(
+        "", "folder to read from and write to (default: the one that --ckpt lies in)", may_change=True
+    )
+    tiles_dir: str = option(
+        "",
+        "another folder of shard_*.parquet (default: the tiles that stage 1 was trained on)",
+        path=True,
+        may_change=True,
+    )
+    lmax: int | None = option(None, "checked against the checkpoint if given")
+    noise_level: str | None = option(None, "checked against the checkpoint if given")
+    max_epochs: int = option(500, "train at most so many epochs", above=0)
+    batch_size: int = option(256, "tiles per step", above=0)
+    patience: int = option(30, "stop after so many epochs without a lower loss on the test split", above=0)
+    learning_rate: float = option(1e-3, "learning rate of AdamW", above=0)
+    weight_decay: float = option(1e-5, "weight decay of AdamW", at_least=0)
+    n_members: int = option(
+        5, "NPEs with other initial weights on the same batches; the FoM is that of the first", above=0
+    )
+    calibration_tiles: str = option(
+        "",
+        "folder of independent simulations to check the posterior on (run_mock.py --fresh); else the test split",
+        path=True,
+        may_change=True,
+    )
+    tag: str = option("", "name of the run (default: that of the stage-1 run)", may_change=True, plain_name=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(ResultsOptions):
+    """Both stages for several lmax and several seeds: the Figure of Merit against lmax."""
+
+    lmax: str = option("200,400,600", "largest multipoles, with commas between them; the tiles of each must be there")
+    seeds: int = option(3, "so many seeds at every lmax", above=0)
+    seed: int = option(42, "the first of them; the others follow", at_least=0)
+    noise_level: NoiseLevel = option("des_y3", "shape noise of the tiles")
+    stage_1: str = option("", "further options of run_compressor.py, in quotes")
+    stage_2: str = option("", "further options of run_npe.py, in quotes")
+    name: str = option(
+        "sweep", "name of the sweep; its runs are named {name}_lmax{lmax}_seed{seed}", plain_name=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for run in self.runs:  # a senseless option is refused before anything is computed
+            run.compressor()
+            run.npe("")
+
+    @property
+    def runs(self) -> list[SweepRun]:
+        """One for every lmax and seed."""
+        return [SweepRun(self, lmax, self.seed + k) for lmax in lmax_list(self.lmax) for k in range(self.seeds)]
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One point of a sweep."""
+
+    sweep: SweepConfig
+    lmax: int
+    seed: int
+
+    @property
+    def tag(self) -> str:
+        """Name of both stages' folders."""
+        return f"{self.sweep.name}_lmax{self.lmax}_seed{self.seed}"
+
+    def compressor(self) -> CompressorConfig:
+        """Options of stage 1."""
+        given = {"lmax": self.lmax, "noise_level": self.sweep.noise_level}
+        return self._parsed(CompressorConfig, self.sweep.stage_1, given)
+
+    def npe(self, ckpt: str) -> NPEConfig:
+        """Options of stage 2."""
+        return self._parsed(NPEConfig, self.sweep.stage_2, {"ckpt": ckpt})
+
+    def _parsed(self, config_class: type[Config], text: str, given: dict[str, Any]) -> Config:
+        given |= {"results_dir": self.sweep.results_dir, "seed": self.seed, "tag": self.tag}
+        own = [flag_of(name) for name in given]
+        if twice := [word for word in text.split() if word.split("=")[0] in own]:
+            raise UserError(f"{twice[0]} is the sweep's own option; leave it out of the quotes")
+        flags = [word for name, value in given.items() for word in (flag_of(name), str(value))]
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise UserError(f"{text!r} cannot be read as options ({error}); see to its quotes") from None
+        return parse_args(config_class, [*flags, *words])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(ResultsOptions):
+    """Answer single tiles with a finished stage-2 run: posterior, samples, and an out-of-distribution check."""
+
+    run: str = option(dataclasses.MISSING, "folder of a finished stage-2 run", path=True)
+    tiles: str = option(
+        dataclasses.MISSING,
+        "shard_*.parquet, or .npy of shape (bins, N, N) or (n, bins, N, N): whole tiles without a mask",
+        path=True,
+    )
+    results_dir: str = option("", "folder to write to (default: predictions/ in the run's)")
+    n_samples: int = option(10_000, "samples of each posterior, for GetDist (0: none)", at_least=0)
+    seed: int = option(42, "seed of the samples", at_least=0)
+    device: Device = option("auto", "auto takes cuda, then mps, then cpu")
