@@ -16,8 +16,8 @@ from common.artifacts import CannotWriteError, claimed, sha256_of_file
 from common.errors import UserError
 from common.progress import Progress
 from data.config import FetchConfig
+from data.read_shards import read_index
 from data.schema import TILES_PER_SIM
-from data.shards import read_index
 
 FOLDER = "gower_street"  # below --results-dir; in it the files lie as in the repository
 MEGABYTE = 1_000_000

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-N_BINS = 4  # tomographic bins = channels of a tile
+N_BINS = 4  # to be deleted once nothing imports it: the number of bins is that of the shards
 N_ORIENTATIONS = 3  # rotations of the sky per simulation
 FACES = (4, 5, 6, 7)  # the equatorial HEALPix base faces; tile_id counts them from 0
 TILES_PER_SIM = N_ORIENTATIONS * len(FACES)
@@ -14,8 +15,6 @@ TILES_PER_SIM = N_ORIENTATIONS * len(FACES)
 KEY_NAMES = ("sim_id", "orientation_id", "tile_id")  # the canonical order of tiles
 PARAM_NAMES = ("Omega_m", "sigma_8", "S8", "w", "h", "n_s", "Omega_b", "m_nu")  # m_nu in eV, the rest pure numbers
 FOM_PARAMS = ("Omega_m", "S8")  # that the Figure of Merit is of
-THETA_NAMES = ("Omega_m", "S8")  # what is inferred, in this order everywhere
-THETA_COLUMNS = [PARAM_NAMES.index(name) for name in THETA_NAMES]
 SIMS_PER_SHARD = 50  # as in the published shards
 
 # nside of the published tiles (EiffL/GowerStreetDESY3); 600 is coarser than the rule in nside_of.
@@ -26,6 +25,17 @@ def tile_keys(sim_id: int) -> np.ndarray:
     """Keys (12, 3) of a simulation's tiles: orientation 0 with its four faces, then orientation 1, then 2."""
     tile = np.arange(TILES_PER_SIM)
     return np.stack([np.full(TILES_PER_SIM, sim_id), tile // len(FACES), tile % len(FACES)], axis=1)
+
+
+def name_of_tile(key: Iterable[int]) -> str:
+    """A tile as messages name it, from its key (3,)."""
+    sim, orientation, tile = key
+    return f"tile (sim {sim}, orientation {orientation}, tile {tile})"
+
+
+def columns_of(params: np.ndarray, names: Iterable[str]) -> np.ndarray:
+    """The named columns (..., d) of params (..., 8), whose columns are PARAM_NAMES."""
+    return params[..., [PARAM_NAMES.index(name) for name in names]]
 
 
 def nside_of(lmax: int, nside: int = 0) -> int:

@@ -20,7 +20,8 @@ from data.mock.cosmology import design
 from data.mock.simulation import Simulation, simulate
 from data.mock.suite import build_suite
 from data.schema import PARAM_NAMES, nside_of
-from data.shards import Tiles, open_shard
+from data.tiles import Tiles
+from data.write_shards import open_shard
 
 GUARD_S = 600  # ends what hangs: ten times what the slowest guarded command takes on a busy machine
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,5 +95,5 @@ def write_tiles(folder: Path, tiles: Tiles, rows_per_shard: int, metadata: dict[
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(tiles.keys), rows_per_shard)):
         part = slice(start, start + rows_per_shard)
-        with open_shard(folder / f"shard_{number:04d}.parquet", tiles.kappa.shape[2], metadata or {}) as shard:
+        with open_shard(folder / f"shard_{number:04d}.parquet", metadata or {}) as shard:
             shard.write(tiles.kappa[part], tiles.keys[part], tiles.params[part], tiles.noise_level)

@@ -27,8 +27,8 @@ from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
 from data.ingest.simulation import Job, Outcome, ingest, shard_path
 from data.pictures import draw_suite
-from data.schema import N_BINS, THETA_COLUMNS, TILES_PER_SIM, nside_of
-from data.shards import ORIENTATIONS_KEY
+from data.schema import FOM_PARAMS, N_BINS, TILES_PER_SIM, columns_of
+from data.shard_metadata import ORIENTATIONS_KEY
 from data.sky import ORIENTATIONS
 from data.suite_folder import end_restart, finished_shards
 
@@ -202,12 +202,12 @@ def summarise(jobs: list[Job], outcomes: list[Outcome], elapsed_s: float) -> dic
         "commit": COMMIT,
     }
     params = {shard_path("", job.sim_id).name: job.params for job in jobs}
-    for (lmax, _), folder in zip(jobs[0].shards, folders, strict=True):
+    for folder in folders:
         if shards := sorted(path for path in folder.glob("shard_*.parquet") if path.name in params):
-            theta = np.array([params[path.name] for path in shards])[:, THETA_COLUMNS]  # (n_sims, 2)
+            theta = columns_of(np.array([params[path.name] for path in shards]), FOM_PARAMS)  # (n_sims, 2)
             fiducial = params.get(shard_path("", FIDUCIAL_SIM_ID).name)
-            star = None if fiducial is None else fiducial[THETA_COLUMNS]
-            draw_suite(shards[0], nside_of(lmax), theta, star, folder / "suite.png")
+            star = None if fiducial is None else columns_of(fiducial, FOM_PARAMS)
+            draw_suite(shards[0], theta, star, folder / "suite.png")
         write_json(folder / SUMMARY_NAME, result)
         end_restart(folder)
     return result

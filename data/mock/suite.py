@@ -23,10 +23,11 @@ from data.mock.fields import band_of
 from data.mock.simulation import Simulation, simulate
 from data.mock.theory import theory_cl
 from data.pictures import draw_suite
-from data.schema import SIMS_PER_SHARD, THETA_COLUMNS, THETA_NAMES, TILES_PER_SIM, nside_of, tile_keys
-from data.shards import METADATA_KEY, ORIENTATIONS_KEY, open_shard
+from data.schema import FOM_PARAMS, SIMS_PER_SHARD, TILES_PER_SIM, columns_of, nside_of, tile_keys
+from data.shard_metadata import METADATA_KEY, ORIENTATIONS_KEY
 from data.sky import ORIENTATIONS
 from data.suite_folder import end_restart, finished_shards
+from data.write_shards import open_shard
 
 FRESH_SEED_OFFSET = 1_000_000_007  # far from any seed that one would type
 
@@ -83,9 +84,9 @@ def _write_shards(
     }
     if missing:
         _simulate_shards(missing, description, config.workers or usable_cores(), on_checkpoint)
-    fiducial = np.array([FIDUCIAL[name] for name in THETA_NAMES])
-    theta = params_of(cosmologies)[:, THETA_COLUMNS]  # (n_sims, 2)
-    draw_suite(_shard_path(folder, 0), nside, theta, fiducial, folder / "suite.png")
+    fiducial = np.array([FIDUCIAL[name] for name in FOM_PARAMS])
+    theta = columns_of(params_of(cosmologies), FOM_PARAMS)  # (n_sims, 2)
+    draw_suite(_shard_path(folder, 0), theta, fiducial, folder / "suite.png")
     end_restart(folder)
     on_checkpoint()
 
@@ -105,7 +106,7 @@ def _simulate_shards(
         syncing, closing = disk.submit(lambda: None), None
         for path, of_shard in shards.items():
             with ExitStack() as opened:
-                shard = opened.enter_context(open_shard(path, of_shard[0].nside, {METADATA_KEY: description}))
+                shard = opened.enter_context(open_shard(path, {METADATA_KEY: description}))
                 for job in of_shard:
                     params = np.tile(params_of(job.cosmo[None]), (TILES_PER_SIM, 1))  # (12, 8)
                     shard.write(next(simulated), tile_keys(job.sim_id), params, job.noise_level)
