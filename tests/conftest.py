@@ -63,7 +63,9 @@ def run_command(
     return run
 
 
-def make_tiles(n_sims: int, nside: int, lmax: int, seed: int = 0, noise_level: str = "des_y3") -> Tiles:
+def make_tiles(
+    n_sims: int, nside: int, lmax: int, seed: int = 0, noise_level: str = "des_y3", n_bins: int = 4
+) -> Tiles:
     """Tiles of random numbers with consistent labels, 12 a simulation, simulation 109 among them."""
     rng = np.random.default_rng(seed)
     sims = np.arange(1, n_sims + 1)
@@ -75,7 +77,7 @@ def make_tiles(n_sims: int, nside: int, lmax: int, seed: int = 0, noise_level: s
     keys = np.stack([sim_id, orientation, tile], axis=1)
     per_sim = rng.uniform(0.3, 0.9, (n_sims, len(PARAM_NAMES)))
     per_sim[:, 2] = per_sim[:, 1] * np.sqrt(per_sim[:, 0] / 0.3)
-    kappa = rng.standard_normal((len(keys), 4, nside, nside)).astype(np.float32)
+    kappa = rng.standard_normal((len(keys), n_bins, nside, nside)).astype(np.float32)
     return Tiles(kappa, keys, np.repeat(per_sim, 12, axis=0), lmax, noise_level)
 
 
