@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from common.results import key
 from data.band_limit import band_limit_problem
 from data.duplicates import duplicate_pairs, groups_of, has_earlier, shared_sky_pairs
 from data.moments import Moments
@@ -15,26 +16,24 @@ from data.sky import Orientations, covered_patches
 from data.tiles import Tiles
 from data.variance_outliers import OUTLIER_SIGMA, Outlier, variance_outliers
 
-TOLERATED_LEAKAGE = 0.01  # of a split's tiles
+TOLERATED_LEAK = 0.01  # of a split's tiles
 N_LISTED = 5  # outliers
 
 
 @dataclass(frozen=True)
 class Leakage:
-    """Tiles of one split that share pixels, or pixels or most of their sky, with a tile of an earlier split.
+    """What an earlier split has of the tiles of one split."""
 
-    The second is None where it is unknown where the tiles lie.
-    """
+    n_tiles: int = key("of the split")
+    duplicates: int = key("tiles whose pixels an earlier split has")
+    duplicates_fraction: float = key("of the split's tiles")
+    duplicates_or_sky: int | None = key("tiles whose pixels, or most of whose sky, it has; null if unknown")
+    duplicates_or_sky_fraction: float | None = key("of the split's tiles")
 
-    n_tiles: int
-    duplicates: int
-    duplicates_fraction: float
-    duplicates_or_sky: int | None
-    duplicates_or_sky_fraction: float | None
-
-    def is_tolerable(self) -> bool:
-        """Whether nearly no tile has been seen before."""
-        return max(self.duplicates_fraction, self.duplicates_or_sky_fraction or 0.0) <= TOLERATED_LEAKAGE
+    @property
+    def worst(self) -> float:
+        """The larger fraction."""
+        return max(self.duplicates_fraction, self.duplicates_or_sky_fraction or 0.0)
 
     def describe(self, split: str) -> str:
         """In words."""
@@ -46,48 +45,30 @@ class Leakage:
 
 @dataclass(frozen=True)
 class Fiducial:
-    """The fiducial simulation: parameters that lie outside the range of the others, and its distinct patches of sky.
+    """The fiducial simulation among the others."""
 
-    `patch_of_tile` numbers the patch of every tile from 0, in the canonical order. Where it is unknown
-    where the tiles lie, patches are told apart by duplicates alone.
-    """
-
-    sim_id: int
-    outside: list[str]
-    n_patches: int
-    patch_of_tile: list[int]
+    sim_id: int = key("its number")
+    outside: list[str] = key("parameters that lie outside the range of the other simulations")
+    n_patches: int = key("distinct patches of sky; by duplicates alone where it is unknown where tiles lie")
+    patch_of_tile: list[int] = key("number of each tile's patch, from 0, in the canonical order")
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        n_tiles, n_sims: of the data set.
-        n_duplicates: tiles that are the same pixels as another one.
-        n_duplicates_across_sims: tiles that are the same pixels as one of a simulation before theirs.
-        duplicates_across_sims: keys of such a tile and of its duplicate; empty if there is none.
-        covered_patches: sky that a simulation's tiles cover together, in tiles; None if unknown.
-        leakage: for every split but the first, if it has tiles: what an earlier training has seen of it.
-        n_variance_outliers: tiles with a bin beyond OUTLIER_SIGMA.
-        variance_outliers: the worst of them, each in its worst bin.
-        band_limit: what contradicts their lmax, in words; empty if nothing does.
-        ranges: of each parameter over all simulations but the fiducial one: [minimum, maximum].
-        fiducial: None if the data set does not have it.
-    """
-
-    n_tiles: int
-    n_sims: int
-    n_duplicates: int
-    n_duplicates_across_sims: int
-    duplicates_across_sims: list[list[int]]
-    covered_patches: float | None
-    leakage: dict[str, Leakage]
-    n_variance_outliers: int
-    variance_outliers: list[Outlier]
-    band_limit: str
-    ranges: dict[str, list[float]]
-    fiducial: Fiducial | None
+    n_tiles: int = key("of the data set")
+    n_sims: int = key("of the data set")
+    n_duplicates: int = key("tiles that are the same pixels as another one")
+    n_duplicates_across_sims: int = key("tiles that are the same pixels as one of a simulation before theirs")
+    duplicates_across_sims: list[list[int]] = key("keys of such a tile and of its duplicate; empty if there is none")
+    covered_patches: float | None = key("sky that a simulation's tiles cover together, in tiles; null if unknown")
+    leakage: dict[str, Leakage] = key("for every split but the first, if it has tiles: what an earlier split has of it")
+    n_variance_outliers: int = key("tiles whose variance in a bin is far from that of their simulation")
+    variance_outliers: list[Outlier] = key("the worst of them, each in its worst bin")
+    band_limit: str = key("what contradicts their lmax, in words; empty if nothing does")
+    ranges: dict[str, list[float]] = key("minimum and maximum of each parameter, without the fiducial simulation")
+    fiducial: Fiducial | None = key("the fiducial simulation; null if the data set does not have it")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -96,7 +77,7 @@ class Audit:
     def warnings(self) -> list[str]:
         """One line for everything that a user should know before training."""
         lines = []
-        if leaks := [leak.describe(split) for split, leak in self.leakage.items() if not leak.is_tolerable()]:
+        if leaks := [leak.describe(split) for split, leak in self.leakage.items() if leak.worst > TOLERATED_LEAK]:
             lines.append(
                 f"{'; '.join(leaks)}: what is measured on them is optimistic; `--split-by sim` splits whole "
                 "simulations, `run_mock.py --geometry disjoint` makes tiles that share nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
@@ -12,10 +13,9 @@ from common.errors import UserError
 from data.audit import Audit
 from data.check import read_and_split
 from data.config import SplitOptions, TilesOn
-from data.dataset import TileDataset
+from data.dataset import TileDataset, whole_dataset
 from data.noiseless import read_noiseless
 from data.norm_stats import NORM_STATS_NAME, NormStats, compute_norm_stats
-from data.placement import whole_dataset
 from data.schema import columns_of
 from data.split import SPLIT_NAMES, SplitManifest, fingerprint_of
 from data.tiles import Tiles
@@ -26,6 +26,7 @@ class SplitTiles:
     """Tiles that are ready to train with.
 
     Attributes:
+        tiles_dir: folder of their shards.
         tiles: the data set, in physical units.
         params: names of the inferred parameters.
         theta: their values for all tiles, physical, float64 (n, d).
@@ -36,6 +37,7 @@ class SplitTiles:
         compressor_train_ds, npe_train_ds, test_ds, fiducial_ds: one TileDataset per split, not augmented.
     """
 
+    tiles_dir: Path
     tiles: Tiles
     params: tuple[str, ...]
     theta: np.ndarray
@@ -62,7 +64,8 @@ class TileDataModule:
         tiles_dir: folder of the shards.
         options: which tiles they must be, how they are split and audited.
         params: names of the inferred parameters.
-        device, dtype, tiles_on, reserve: as for data.placement.whole_dataset.
+        device, dtype, tiles_on: as for whole_dataset.
+        reserve: bytes of the device's free memory that a network for tiles of so many bins needs.
         noiseless_dir: folder of the same tiles without noise, from which training makes tiles with other noise.
         manifest, norm_stats: of a stage-1 run.
     """
@@ -74,7 +77,7 @@ class TileDataModule:
     device: torch.device
     dtype: torch.dtype = torch.float32
     tiles_on: TilesOn = "auto"
-    reserve: int = 0
+    reserve: Callable[[int], int] = lambda n_bins: 0
     noiseless_dir: Path | None = None
     manifest: SplitManifest | None = None
     norm_stats: NormStats | None = None
@@ -103,6 +106,7 @@ class TileDataModule:
             for name in SPLIT_NAMES
         }
         return SplitTiles(
+            tiles_dir=self.tiles_dir,
             tiles=data.tiles,
             params=self.params,
             theta=theta,
@@ -118,7 +122,8 @@ class TileDataModule:
     def _placed(self, tiles: Tiles, norm_stats: NormStats, called: str) -> TileDataset:
         # Sums of tiles are taken in float32, so where there are any, no tile is held in less.
         dtype = self.dtype if self.noiseless_dir is None else torch.float32
-        return whole_dataset(tiles, self.params, norm_stats, self.device, dtype, self.tiles_on, self.reserve, called)
+        reserve = self.reserve(tiles.n_bins)
+        return whole_dataset(tiles, self.params, norm_stats, self.device, dtype, self.tiles_on, reserve, called)
 
 
 def _check_dimensions(norm_stats: NormStats, n_bins: int, params: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.figures import BLUE, ORANGE, figure
+from data.schema import FOM_PARAMS, label_of
 from data.shard_pixels import opened
 
 
@@ -33,5 +34,5 @@ def draw_suite(shard: Path, theta: np.ndarray, fiducial: np.ndarray | None, path
         plane.plot(*theta.T, ".", color=BLUE, ms=3, label=f"{len(theta)} simulations")
         if fiducial is not None:
             plane.plot(*fiducial, "*", color=ORANGE, ms=12, mec="white", label="fiducial")
-        plane.set(xlabel=r"$\Omega_{\rm m}$", ylabel=r"$S_8$", ylim=(None, 1.12))
+        plane.set(xlabel=label_of(FOM_PARAMS[0]), ylabel=label_of(FOM_PARAMS[1]), ylim=(None, 1.12))
         plane.legend(loc="upper center", ncols=2, fontsize=8, handletextpad=0.2, columnspacing=1)

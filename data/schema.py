@@ -13,8 +13,18 @@ FACES = (4, 5, 6, 7)  # the equatorial HEALPix base faces; tile_id counts them f
 TILES_PER_SIM = N_ORIENTATIONS * len(FACES)
 
 KEY_NAMES = ("sim_id", "orientation_id", "tile_id")  # the canonical order of tiles
-PARAM_NAMES = ("Omega_m", "sigma_8", "S8", "w", "h", "n_s", "Omega_b", "m_nu")  # m_nu in eV, the rest pure numbers
-FOM_PARAMS = ("Omega_m", "S8")  # that the Figure of Merit is of
+LABELS = {
+    "Omega_m": r"\Omega_{\rm m}",
+    "sigma_8": r"\sigma_8",
+    "S8": "S_8",
+    "w": "w",
+    "h": "h",
+    "n_s": r"n_{\rm s}",
+    "Omega_b": r"\Omega_{\rm b}",
+    "m_nu": r"m_\nu",  # in eV, the rest pure numbers
+}  # of the parameters, in TeX
+PARAM_NAMES = tuple(LABELS)  # the order of their columns everywhere
+FOM_PARAMS = ("Omega_m", "S8")  # the Figure of Merit is that of these two
 SIMS_PER_SHARD = 50  # as in the published shards
 
 # nside of the published tiles (EiffL/GowerStreetDESY3); 600 is coarser than the rule in nside_of.
@@ -36,6 +46,11 @@ def name_of_tile(key: Iterable[int]) -> str:
 def columns_of(params: np.ndarray, names: Iterable[str]) -> np.ndarray:
     """The named columns (..., d) of params (..., 8), whose columns are PARAM_NAMES."""
     return params[..., [PARAM_NAMES.index(name) for name in names]]
+
+
+def label_of(name: str) -> str:
+    """A parameter as pictures name it."""
+    return f"${LABELS[name]}$"
 
 
 def nside_of(lmax: int, nside: int = 0) -> int:

@@ -26,19 +26,19 @@ class SingleTiles(Tiles):
     names: tuple[str, ...] = ()
 
 
-def read_single_tiles(path: Path, lmax: int, n_bins: int, nside: int) -> SingleTiles:
+def read_single_tiles(path: Path, lmax: int, nside: int, n_bins: int) -> SingleTiles:
     """Tiles of a parquet shard, or of an .npy file (n, bins, N, N) or (bins, N, N), in the order of the file.
 
     Args:
         path: of the file.
-        lmax, n_bins, nside: of the tiles that the network was trained with.
+        lmax, nside, n_bins: of the tiles that the network was trained with.
 
     Raises:
         UserError: the file is not there or neither, its tiles have another shape, or one is masked.
     """
     if not path.exists():
         raise UserError(f"--tiles {path} is not there; give a shard (.parquet) or an .npy file")
-    kappa, names = (_of_shard if path.suffix == ".parquet" else _of_npy)(path, lmax, n_bins, nside)
+    kappa, names = (_of_shard if path.suffix == ".parquet" else _of_npy)(path, lmax, nside, n_bins)
     for tile, name in zip(kappa, names, strict=True):
         hidden = ~np.isfinite(tile) | (tile < 0.99 * UNSEEN)
         if hidden.any():
@@ -50,7 +50,7 @@ def read_single_tiles(path: Path, lmax: int, n_bins: int, nside: int) -> SingleT
     return SingleTiles(kappa, keys, np.full((n, len(PARAM_NAMES)), np.nan), lmax, "", None, names)
 
 
-def _of_shard(path: Path, lmax: int, n_bins: int, nside: int) -> tuple[np.ndarray, tuple[str, ...]]:
+def _of_shard(path: Path, lmax: int, nside: int, n_bins: int) -> tuple[np.ndarray, tuple[str, ...]]:
     check_lmax(path, lmax)
     with opened(path) as file:
         names = [name for name in KEY_NAMES if name in file.schema_arrow.names]
@@ -66,7 +66,7 @@ def _of_shard(path: Path, lmax: int, n_bins: int, nside: int) -> tuple[np.ndarra
     return kappa, tuple("/".join(map(str, row)) for row in rows) or tuple(map(str, range(len(kappa))))
 
 
-def _of_npy(path: Path, lmax: int, n_bins: int, nside: int) -> tuple[np.ndarray, tuple[str, ...]]:
+def _of_npy(path: Path, lmax: int, nside: int, n_bins: int) -> tuple[np.ndarray, tuple[str, ...]]:
     try:
         given = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

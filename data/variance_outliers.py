@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common import results
+
 # In robust sigmas of ln variance, the scale being that of differences between neighbours: offsets from a median would
 # be too small where a simulation has few tiles, or has them twice. Of 791 simulations at lmax 64 and 200 and of 40 at
 # 600, noiseless to des_y3, no tile lay beyond 4.8. A tile times 1.5 then lies at 10 +- 1 at lmax 64 (3 of 10,000 below
@@ -19,12 +21,12 @@ MEDIAN_TO_SIGMA = 1.4826  # of the absolute values of a normal variable
 
 @dataclass(frozen=True)
 class Outlier:
-    """A tile whose variance in a bin (from 0) is `factor` times the median of its simulation, `sigma` robust sigmas."""
+    """A tile whose variance is far from that of its simulation's other tiles."""
 
-    key: list[int]
-    bin: int
-    factor: float
-    sigma: float
+    key: list[int] = results.key("sim_id, orientation_id, tile_id")
+    bin: int = results.key("the bin, from 0")
+    factor: float = results.key("its variance over the median of its simulation")
+    sigma: float = results.key("how far that is, in robust standard deviations")
 
 
 def variance_outliers(keys: np.ndarray, variance: np.ndarray) -> list[Outlier]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from common.artifacts import claimed, tiles_folder, write_json
+from common.artifacts import tiles_folder, write_json
 from common.errors import UserError, warn
 from common.interrupt import result_of
+from common.lock import exclusive
 from common.machine import free_memory, usable_cores
 from common.progress import Progress
 from common.versions import COMMIT
@@ -127,7 +128,7 @@ def run_ingest(config: IngestConfig) -> dict[str, Any]:
     jobs = plan(config)
     with ExitStack() as held:
         for folder, _ in jobs[0].shards.values():
-            held.enter_context(claimed(Path(folder)))
+            held.enter_context(exclusive(Path(folder)))
         outcomes = _worked_off(config, unfinished(jobs, config.restart))
         return summarise(jobs, outcomes, time.monotonic() - start)
 

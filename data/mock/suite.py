@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from common.artifacts import claimed, tiles_folder
+from common.artifacts import tiles_folder
 from common.interrupt import result_of
+from common.lock import exclusive
 from common.machine import usable_cores
 from common.progress import Progress
 from common.workers import in_order, worker_pool
@@ -50,7 +51,7 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
     seed = config.seed + FRESH_SEED_OFFSET * config.fresh
     sim_ids, cosmologies = design(config.n_sims, seed, None if config.fresh else config.fiducial_sim_id, config.vary)
     theory_cl(cosmologies[:1], band_of(config.lmax, config.field))  # refuses an lmax beyond the table
-    with claimed(folder):
+    with exclusive(folder):
         _write_shards(config, folder, seed, sim_ids, cosmologies, on_checkpoint)
     return {
         "folder": str(folder),
