@@ -14,9 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-# 1 / p and 1 / p^2 for the real root p of p^3 = p + 1.
-INVERSE_PLASTIC = (0.7548776662466927, 0.5698402909980532)
-
 
 @dataclass(frozen=True)
 class Symmetries:
@@ -33,10 +30,6 @@ class Symmetries:
     roll_rows: torch.Tensor
     roll_cols: torch.Tensor
 
-    def of(self, some: slice) -> Symmetries:
-        """Those of some tiles."""
-        return Symmetries(*(getattr(self, name)[some] for name in Symmetries.__dataclass_fields__))
-
 
 def draw_symmetries(
     n_tiles: int, nside: int, generator: torch.Generator, *, turns: bool = True, rolls: bool = True
@@ -45,14 +38,6 @@ def draw_symmetries(
     bits = torch.randint(2 if turns else 1, (3, n_tiles), generator=generator)
     shifts = torch.randint(nside if rolls else 1, (2, n_tiles), generator=generator)
     return Symmetries(*bits, *shifts)
-
-
-def fixed_views(n_views: int, nside: int) -> Symmetries:
-    """The same n_views transformations every time, the first of them none: all eight symmetries in turn, rolls spread
-    evenly over the tile by the R2 sequence (multiples of the powers of the inverse plastic number, modulo one)."""
-    view = torch.arange(n_views)
-    rolls = (view[:, None] * torch.tensor(INVERSE_PLASTIC, dtype=torch.float64) % 1 * nside).long()  # (n_views, 2)
-    return Symmetries(view & 1, view >> 1 & 1, view >> 2 & 1, *rolls.T)
 
 
 def gather_augmented(store: torch.Tensor, rows: torch.Tensor, symmetries: Symmetries) -> torch.Tensor:

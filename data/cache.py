@@ -1,6 +1,6 @@
 """The tiles of a folder as one flat file beside the shards: parquet is decoded and checked once, not at every start.
 
-    cache/tiles.f32   kappa, float32 (n, N, N, 4), canonical order, bins fastest
+    cache/tiles.f32   kappa, float32 (n, N, N, bins), canonical order, bins fastest
     cache/tiles.npz   keys, params, digests, moments, and what the shards were: size, identity and SHA-256 of each
 
 tiles.npz is written last and removed first, so it never stands beside pixels that it does not describe; one process
@@ -27,19 +27,19 @@ from common.errors import UserError, warn
 from common.lock import FOREVER, locked
 from common.machine import free_memory
 from data.moments import Moments, empty_moments, moments_of, moments_of_chunk
-from data.schema import N_BINS, nside_of
-from data.shards import TileIndex, Tiles, check_lmax, digests_of, read_index, read_pixels, read_tiles, shard_paths
+from data.read_shards import TileIndex, read_index, read_pixels, read_tiles, shard_paths
+from data.schema import nside_of
+from data.shard_metadata import check_lmax
+from data.tiles import Tiles, digests_of
 
 FOLDER, PIXELS, LABELS, LOCK = "cache", "tiles.f32", "tiles.npz", "lock"
-FORMAT = 4
+FORMAT = 5
 HASHING_THREADS = 4  # hashlib lets go of the interpreter
 DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> tuple[Tiles, Moments]:
-    """What read_tiles gives, its kappa being the cache mapped into memory; that is made first unless one fits.
-
-    The tiles' moments come with it.
+    """What read_tiles gives, and its moments; kappa is the cache mapped into memory, made first unless one fits.
 
     Mapped pixels are read-only and take no memory but what the system has to spare, so any number of tiles can be
     opened. A shard counts as unchanged if its size, inode and times are those of when the cache was made, or else if
@@ -61,29 +61,20 @@ def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: i
     try:
         cache.mkdir(exist_ok=True)
         with locked(cache / LOCK, FOREVER):
-            if (found := _from_cache(cache, paths, wanted)) is not None:  # another one has made it meanwhile
-                return found
-            digests, moments = _write_pixels(cache, index)
-            hashes = _hashes(paths)
-            if [_identity(path) for path in paths] == before:  # else someone writes there; the next start sees to it
-                identities = zip(paths, before, hashes, strict=True)
-                shards = {path.name: {"identity": identity, "sha256": sha256} for path, identity, sha256 in identities}
-                made_of = wanted | {"pixels": _identity(cache / PIXELS), "shards": shards}
-                _write_labels(cache, index.keys, index.params, digests, moments, made_of)
-            kappa = map_pixels(cache / PIXELS, len(index.keys), index.nside)
+            # Another process may have made it while this one waited.
+            return _from_cache(cache, paths, wanted) or _make_cache(cache, index, paths, before, wanted)
     except (OSError, CannotWriteError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.reason
-        size, free = _bytes_of(len(index.keys), index.nside), free_memory()
-        if size > free:
-            raise UserError(
-                f"no cache in {cache} ({reason}), and the tiles take {size / 1e9:.1f} GB where "
-                f"{free / 1e9:.1f} GB of memory are free; make room or give write permission there, or copy the "
-                "shards elsewhere and name that folder as --tiles-dir"
-            ) from None
-        warn(f"no cache in {cache} ({reason}): the next start will read the shards again")
-        tiles = read_tiles(folder, lmax, noise_level, nside)
-        return tiles, moments_of(tiles.kappa)
-    return Tiles(kappa, index.keys, index.params, lmax, noise_level, digests), moments
+    size, free = 4 * len(index.keys) * index.n_bins * index.nside**2, free_memory()  # float32
+    if size > free:
+        raise UserError(
+            f"no cache in {cache} ({reason}), and the tiles take {size / 1e9:.1f} GB where {free / 1e9:.1f} GB of "
+            "memory are free; make room or give write permission there, or copy the shards elsewhere and name that "
+            "folder as --tiles-dir"
+        )
+    warn(f"no cache in {cache} ({reason}): the next start will read the shards again")
+    tiles = read_tiles(folder, lmax, noise_level, nside)
+    return tiles, moments_of(tiles.kappa)
 
 
 def _identity(path: Path) -> list[int]:
@@ -93,13 +84,41 @@ def _identity(path: Path) -> list[int]:
 
 
 def _hashes(paths: list[Path]) -> list[str]:
-    """SHA-256 of every file."""
+    """SHA-256 of every file: it protects from shards, published ones too, that changed after they were first read."""
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         return list(pool.map(sha256_of_file, paths))
 
 
+def _make_cache(
+    cache: Path, index: TileIndex, paths: list[Path], before: list[list[int]], wanted: dict[str, Any]
+) -> tuple[Tiles, Moments]:
+    """Write the pixels and then, unless a shard changed meanwhile, the labels that make them a cache.
+
+    Args:
+        before: identities of the shards before their labels were read.
+    """
+    digests, moments = _write_pixels(cache, index)
+    tiles = Tiles(
+        map_pixels(cache / PIXELS, len(index.keys), index.n_bins, index.nside),
+        index.keys,
+        index.params,
+        index.lmax,
+        index.noise_level,
+        digests,
+    )
+    hashes = _hashes(paths)
+    if [_identity(path) for path in paths] == before:  # otherwise the cache is left without labels, and made again
+        shards = {
+            path.name: {"identity": identity, "sha256": sha256}
+            for path, identity, sha256 in zip(paths, before, hashes, strict=True)
+        }
+        made_of = wanted | {"pixels": _identity(cache / PIXELS), "shards": shards}
+        _write_labels(cache, tiles, moments, made_of)
+    return tiles, moments
+
+
 def _write_pixels(cache: Path, index: TileIndex) -> tuple[np.ndarray, Moments]:
-    moments = empty_moments(len(index.keys))
+    moments = empty_moments(len(index.keys), index.n_bins)
     (cache / LABELS).unlink(missing_ok=True)
     writing = threading.Lock()
     with atomic_path(cache / PIXELS) as temporary, open(temporary, "wb", buffering=0) as file:
@@ -108,7 +127,7 @@ def _write_pixels(cache: Path, index: TileIndex) -> tuple[np.ndarray, Moments]:
             moments.put(positions, moments_of_chunk(tiles))
             for position, tile in zip(positions, np.ascontiguousarray(tiles.transpose(0, 2, 3, 1)), strict=True):
                 with writing:
-                    file.seek(_bytes_of(int(position), index.nside))
+                    file.seek(int(position) * tile.nbytes)
                     if file.write(tile.data) != tile.nbytes:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -116,19 +135,8 @@ def _write_pixels(cache: Path, index: TileIndex) -> tuple[np.ndarray, Moments]:
     return digests, moments
 
 
-def _bytes_of(n_tiles: int, nside: int) -> int:
-    return n_tiles * N_BINS * nside**2 * np.dtype(np.float32).itemsize
-
-
-def _write_labels(
-    cache: Path,
-    keys: np.ndarray,
-    params: np.ndarray,
-    digests: np.ndarray,
-    moments: Moments,
-    made_of: dict[str, Any],
-) -> None:
-    arrays = {"keys": keys, "params": params, "digests": digests, **vars(moments)}
+def _write_labels(cache: Path, tiles: Tiles, moments: Moments, made_of: dict[str, Any]) -> None:
+    arrays = {"keys": tiles.keys, "params": tiles.params, "digests": tiles.digests, **vars(moments)}
     with atomic_path(cache / LABELS) as temporary, open(temporary, "wb") as file:
         np.savez(file, made_of=np.array(json.dumps(made_of)), **arrays)
 
@@ -154,25 +162,25 @@ def _from_cache(cache: Path, paths: list[Path], wanted: dict[str, Any]) -> tuple
                         "change is meant"
                     )
                 shards[path.name]["identity"] = _identity(path)  # copied or touched, not changed
-        right_size = (cache / PIXELS).stat().st_size == _bytes_of(len(keys), wanted["nside"])
-        if not right_size or made_of != wanted or set(shards) != {path.name for path in paths}:
+        if made_of != wanted or set(shards) != {path.name for path in paths}:
             return None
-        kappa = map_pixels(cache / PIXELS, len(keys), wanted["nside"])
+        kappa = map_pixels(cache / PIXELS, len(keys), moments.mean.shape[1], wanted["nside"])
+        tiles = Tiles(kappa, keys, params, wanted["lmax"], wanted["noise_level"], digests)
         if pixels != (now := _identity(cache / PIXELS)):
             if not np.array_equal(digests_of(kappa), digests):
                 return None
             moved, pixels = paths, now
         if moved:
-            _write_labels(cache, keys, params, digests, moments, made_of | {"pixels": pixels, "shards": shards})
-        return Tiles(kappa, keys, params, wanted["lmax"], wanted["noise_level"], digests), moments
+            _write_labels(cache, tiles, moments, made_of | {"pixels": pixels, "shards": shards})
+        return tiles, moments
     except (*DAMAGED, CannotWriteError):  # absent, half there, of another version, or on a read-only disk
         return None
 
 
-def map_pixels(path: Path, n_tiles: int, nside: int) -> np.ndarray:
-    """The file as a read-only array (n, 4, N, N) whose bins run fastest in memory.
+def map_pixels(path: Path, n_tiles: int, n_bins: int, nside: int) -> np.ndarray:
+    """The file as a read-only array (n, bins, N, N) whose bins run fastest in memory.
 
     Read-only, since a system that counts memory promises none for it, so that it may be larger than all there is.
     """
-    pixels = np.memmap(path, dtype=np.float32, mode="r", shape=(n_tiles, nside, nside, N_BINS))
-    return np.asarray(pixels).transpose(0, 3, 1, 2)  # (n, 4, N, N)
+    pixels = np.memmap(path, dtype=np.float32, mode="r", shape=(n_tiles, nside, nside, n_bins))
+    return np.asarray(pixels).transpose(0, 3, 1, 2)  # (n, bins, N, N)

@@ -12,12 +12,13 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
-from common.artifacts import CannotWriteError, claimed, sha256_of_file
+from common.artifacts import CannotWriteError, sha256_of_file
 from common.errors import UserError
+from common.lock import exclusive
 from common.progress import Progress
 from data.config import FetchConfig
+from data.read_shards import read_index
 from data.schema import TILES_PER_SIM
-from data.shards import read_index
 
 FOLDER = "gower_street"  # below --results-dir; in it the files lie as in the repository
 MEGABYTE = 1_000_000
@@ -41,7 +42,7 @@ def fetch_tiles(config: FetchConfig, on_checkpoint: Callable[[], None] = lambda:
         disable_progress_bars()  # of single files
     home = Path(config.results_dir, FOLDER)
     folder = home / "data" / config.configuration
-    with claimed(home):
+    with exclusive(home):
         try:
             api = HfApi(endpoint=config.endpoint or None)
             commit = api.dataset_info(config.repo, revision=config.revision).sha or config.revision

@@ -9,10 +9,9 @@ from functools import lru_cache
 import numpy as np
 
 from common.progress import Progress
-from data.schema import N_BINS
 
-N_SKETCHES = 2  # one to sort by, one to be sure
-SKETCH_SEED = 0
+N_PROJECTIONS = 2  # one to sort by, one to be sure
+PROJECTION_SEED = 0
 CHUNK = 16  # tiles at a time
 
 
@@ -21,17 +20,18 @@ class Moments:
     """Per tile what does not change under the symmetries of the square, float64.
 
     Attributes:
-        mean, variance: of the pixels of every bin, (n, 4).
-        sketch: means of the pixels times random weights of unit rms that have these symmetries, (n, N_SKETCHES).
+        mean, variance: of the pixels of every bin, (n, bins).
+        projection: random projections, the means of the pixels times random weights of unit rms that have these
+            symmetries, (n, N_PROJECTIONS).
     """
 
     mean: np.ndarray
     variance: np.ndarray
-    sketch: np.ndarray
+    projection: np.ndarray
 
     @property
     def rms(self) -> np.ndarray:
-        """Root mean square of the pixels of every bin, (n, 4)."""
+        """Root mean square of the pixels of every bin, (n, bins)."""
         return np.sqrt(self.variance + self.mean**2)
 
     def of(self, positions: np.ndarray) -> Moments:
@@ -44,14 +44,14 @@ class Moments:
             getattr(self, field.name)[positions] = getattr(moments, field.name)
 
 
-def empty_moments(n_tiles: int) -> Moments:
+def empty_moments(n_tiles: int, n_bins: int) -> Moments:
     """Uninitialised."""
-    return Moments(np.empty((n_tiles, N_BINS)), np.empty((n_tiles, N_BINS)), np.empty((n_tiles, N_SKETCHES)))
+    return Moments(*(np.empty((n_tiles, size)) for size in (n_bins, n_bins, N_PROJECTIONS)))
 
 
 def moments_of(kappa: np.ndarray) -> Moments:
-    """Moments of kappa (n, 4, N, N), in one pass, with a progress bar."""
-    moments = empty_moments(len(kappa))
+    """Moments of kappa (n, bins, N, N), in one pass, with a progress bar."""
+    moments = empty_moments(*kappa.shape[:2])
     with Progress("checking tiles", len(kappa), "tiles") as progress:
         for start in range(0, len(kappa), CHUNK):
             some = slice(start, start + CHUNK)
@@ -61,19 +61,19 @@ def moments_of(kappa: np.ndarray) -> Moments:
 
 
 def moments_of_chunk(kappa: np.ndarray) -> Moments:
-    """Moments of kappa (m, 4, N, N), a tile at a time."""
-    m, _, nside, _ = kappa.shape
-    moments = empty_moments(m)
-    weights = _symmetric_weights(nside)  # (N_SKETCHES, N * N * 4)
+    """Moments of kappa (m, bins, N, N), a tile at a time."""
+    m, n_bins, nside, _ = kappa.shape
+    moments = empty_moments(m, n_bins)
+    weights = _symmetric_weights(n_bins, nside)  # (N_PROJECTIONS, N * N * bins)
     for i, tile in enumerate(kappa):
         # Rows of a tile with their bins interleaved, so that sums run along memory. No BLAS, which has threads of
         # its own where this already runs in several.
-        pixels = tile.transpose(1, 2, 0).astype(np.float64).reshape(nside, nside * N_BINS)  # (N, N * 4)
-        moments.sketch[i] = np.einsum("kp,p->k", weights, pixels.ravel()) / pixels.size
-        moments.mean[i] = mean = pixels.sum(axis=0).reshape(nside, N_BINS).sum(axis=0) / nside**2  # (4,)
+        pixels = tile.transpose(1, 2, 0).astype(np.float64).reshape(nside, nside * n_bins)  # (N, N * bins)
+        moments.projection[i] = np.einsum("kp,p->k", weights, pixels.ravel()) / pixels.size
+        moments.mean[i] = mean = pixels.sum(axis=0).reshape(nside, n_bins).sum(axis=0) / nside**2  # (bins,)
         pixels -= np.tile(mean, nside)
         np.square(pixels, out=pixels)
-        moments.variance[i] = pixels.sum(axis=0).reshape(nside, N_BINS).sum(axis=0) / nside**2  # (4,)
+        moments.variance[i] = pixels.sum(axis=0).reshape(nside, n_bins).sum(axis=0) / nside**2  # (bins,)
     return moments
 
 
@@ -86,9 +86,9 @@ def square_symmetries(tile: np.ndarray) -> Iterator[np.ndarray]:
 
 
 @lru_cache(maxsize=2)
-def _symmetric_weights(nside: int) -> np.ndarray:
-    """Random weights of unit rms with the symmetries of the square, (N_SKETCHES, N * N * 4)."""
-    weights = np.random.default_rng(SKETCH_SEED).standard_normal((N_SKETCHES, N_BINS, nside, nside))
-    weights = np.add.reduce(list(square_symmetries(weights)))  # (N_SKETCHES, 4, N, N)
-    weights = weights.transpose(0, 2, 3, 1).reshape(N_SKETCHES, -1)  # (N_SKETCHES, N * N * 4)
+def _symmetric_weights(n_bins: int, nside: int) -> np.ndarray:
+    """Random weights of unit rms with the symmetries of the square, (N_PROJECTIONS, N * N * bins)."""
+    weights = np.random.default_rng(PROJECTION_SEED).standard_normal((N_PROJECTIONS, n_bins, nside, nside))
+    weights = np.add.reduce(list(square_symmetries(weights)))  # (N_PROJECTIONS, bins, N, N)
+    weights = weights.transpose(0, 2, 3, 1).reshape(N_PROJECTIONS, -1)  # (N_PROJECTIONS, N * N * bins)
     return weights / np.sqrt(np.square(weights).mean(axis=1, keepdims=True))

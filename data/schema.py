@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-N_BINS = 4  # tomographic bins = channels of a tile
+N_BINS = 4  # to be deleted once nothing imports it: the number of bins is that of the shards
 N_ORIENTATIONS = 3  # rotations of the sky per simulation
 FACES = (4, 5, 6, 7)  # the equatorial HEALPix base faces; tile_id counts them from 0
 TILES_PER_SIM = N_ORIENTATIONS * len(FACES)
 
 KEY_NAMES = ("sim_id", "orientation_id", "tile_id")  # the canonical order of tiles
-PARAM_NAMES = ("Omega_m", "sigma_8", "S8", "w", "h", "n_s", "Omega_b", "m_nu")  # m_nu in eV, the rest pure numbers
-FOM_PARAMS = ("Omega_m", "S8")  # that the Figure of Merit is of
-THETA_NAMES = ("Omega_m", "S8")  # what is inferred, in this order everywhere
-THETA_COLUMNS = [PARAM_NAMES.index(name) for name in THETA_NAMES]
+LABELS = {
+    "Omega_m": r"\Omega_{\rm m}",
+    "sigma_8": r"\sigma_8",
+    "S8": "S_8",
+    "w": "w",
+    "h": "h",
+    "n_s": r"n_{\rm s}",
+    "Omega_b": r"\Omega_{\rm b}",
+    "m_nu": r"m_\nu",  # in eV, the rest pure numbers
+}  # of the parameters, in TeX
+PARAM_NAMES = tuple(LABELS)  # the order of their columns everywhere
+FOM_PARAMS = ("Omega_m", "S8")  # the Figure of Merit is that of these two
 SIMS_PER_SHARD = 50  # as in the published shards
 
 # nside of the published tiles (EiffL/GowerStreetDESY3); 600 is coarser than the rule in nside_of.
@@ -26,6 +35,22 @@ def tile_keys(sim_id: int) -> np.ndarray:
     """Keys (12, 3) of a simulation's tiles: orientation 0 with its four faces, then orientation 1, then 2."""
     tile = np.arange(TILES_PER_SIM)
     return np.stack([np.full(TILES_PER_SIM, sim_id), tile // len(FACES), tile % len(FACES)], axis=1)
+
+
+def name_of_tile(key: Iterable[int]) -> str:
+    """A tile as messages name it, from its key (3,)."""
+    sim, orientation, tile = key
+    return f"tile (sim {sim}, orientation {orientation}, tile {tile})"
+
+
+def columns_of(params: np.ndarray, names: Iterable[str]) -> np.ndarray:
+    """The named columns (..., d) of params (..., 8), whose columns are PARAM_NAMES."""
+    return params[..., [PARAM_NAMES.index(name) for name in names]]
+
+
+def label_of(name: str) -> str:
+    """A parameter as pictures name it."""
+    return f"${LABELS[name]}$"
 
 
 def nside_of(lmax: int, nside: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Tiles to be answered, which need no cosmology: from a shard or from a numpy file."""
+"""Tiles for a prediction, which need no cosmology: from a shard or from a numpy file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from common.errors import UserError
-from data.schema import KEY_NAMES, N_BINS, PARAM_NAMES
-from data.shards import Tiles, check_lmax, empty_kappa, kappa_of_shard
+from data.schema import KEY_NAMES, PARAM_NAMES
+from data.shard_labels import read_labels
+from data.shard_metadata import check_lmax, description_of
+from data.shard_pixels import kappa_of_shard, n_bins_of, opened
+from data.tiles import Tiles, digests_of, empty_kappa
 
 MAX_SHARE_OF_ZEROS = 1e-3  # convergence is a real number: many exact zeros are a mask
 UNSEEN = -1.6375e30  # HEALPix' mark of a pixel that was not observed
@@ -24,15 +26,19 @@ class SingleTiles(Tiles):
     names: tuple[str, ...] = ()
 
 
-def read_single_tiles(path: Path, lmax: int, nside: int) -> SingleTiles:
-    """Tiles of a parquet shard, or of an .npy file (n, 4, N, N) or (4, N, N), in the order of the file.
+def read_single_tiles(path: Path, lmax: int, nside: int, n_bins: int) -> SingleTiles:
+    """Tiles of a parquet shard, or of an .npy file (n, bins, N, N) or (bins, N, N), in the order of the file.
+
+    Args:
+        path: of the file.
+        lmax, nside, n_bins: of the tiles that the network was trained with.
 
     Raises:
         UserError: the file is not there or neither, its tiles have another shape, or one is masked.
     """
     if not path.exists():
         raise UserError(f"--tiles {path} is not there; give a shard (.parquet) or an .npy file")
-    kappa, names = (_of_shard if path.suffix == ".parquet" else _of_npy)(path, lmax, nside)
+    kappa, names = (_of_shard if path.suffix == ".parquet" else _of_npy)(path, lmax, nside, n_bins)
     for tile, name in zip(kappa, names, strict=True):
         hidden = ~np.isfinite(tile) | (tile < 0.99 * UNSEEN)
         if hidden.any():
@@ -44,34 +50,35 @@ def read_single_tiles(path: Path, lmax: int, nside: int) -> SingleTiles:
     return SingleTiles(kappa, keys, np.full((n, len(PARAM_NAMES)), np.nan), lmax, "", None, names)
 
 
-def _of_shard(path: Path, lmax: int, nside: int) -> tuple[np.ndarray, tuple[str, ...]]:
+def _of_shard(path: Path, lmax: int, nside: int, n_bins: int) -> tuple[np.ndarray, tuple[str, ...]]:
     check_lmax(path, lmax)
-    chunks = list(kappa_of_shard(path, nside, lmax))
-    kappa = empty_kappa(sum(map(len, chunks)), nside)
+    with opened(path) as file:
+        names = [name for name in KEY_NAMES if name in file.schema_arrow.names]
+        rows = zip(*(column.to_pylist() for column in file.read(names).columns), strict=True)
+        found = n_bins_of(path, file)
+    if found != n_bins:
+        raise UserError(f"--tiles {path} has {found} bins, and the network was trained with {n_bins}; give its tiles")
+    chunks = list(kappa_of_shard(path, n_bins, nside, lmax))
+    kappa = empty_kappa(sum(map(len, chunks)), n_bins, nside)
     np.concatenate(chunks, out=kappa)
-    columns = [name for name in KEY_NAMES if name in pq.read_schema(path).names]
-    table = pq.read_table(path, columns=columns)
-    rows = (
-        zip(*(table[name].to_pylist() for name in columns), strict=True)
-        if columns
-        else ((i,) for i in range(len(kappa)))
-    )
-    return kappa, tuple("/".join(map(str, row)) for row in rows)
+    if description_of(path) is not None:
+        read_labels(path, lmax).check(digests_of(kappa))
+    return kappa, tuple("/".join(map(str, row)) for row in rows) or tuple(map(str, range(len(kappa))))
 
 
-def _of_npy(path: Path, lmax: int, nside: int) -> tuple[np.ndarray, tuple[str, ...]]:
+def _of_npy(path: Path, lmax: int, nside: int, n_bins: int) -> tuple[np.ndarray, tuple[str, ...]]:
     try:
         given = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0][:160]
         raise UserError(f"--tiles {path} is neither a shard (.parquet) nor an .npy file ({reason})") from None
     shape = getattr(given, "shape", ())
-    if shape[-3:] != (N_BINS, nside, nside) or len(shape) not in (3, 4) or given.dtype.kind != "f":
+    if shape[-3:] != (n_bins, nside, nside) or len(shape) not in (3, 4) or given.dtype.kind != "f":
         raise UserError(
-            f"--tiles {path} holds {getattr(given, 'dtype', 'no array')} {shape}; the run is for lmax {lmax}, so "
-            f"floats ({N_BINS}, {nside}, {nside}) or (n, {N_BINS}, {nside}, {nside}) are due"
+            f"--tiles {path} holds {getattr(given, 'dtype', 'no array')} {shape}; the run is for lmax {lmax}, so give "
+            f"floats ({n_bins}, {nside}, {nside}) or (n, {n_bins}, {nside}, {nside})"
         )
-    given = given.reshape(-1, N_BINS, nside, nside)  # (n, 4, N, N)
-    kappa = empty_kappa(len(given), nside)
+    given = given.reshape(-1, n_bins, nside, nside)  # (n, bins, N, N)
+    kappa = empty_kappa(*given.shape[:3])
     kappa[:] = given
     return kappa, tuple(map(str, range(len(given))))

@@ -13,7 +13,7 @@ from common.artifacts import read_sealed, sealed, write_json
 from common.errors import UserError
 from data.config import SplitBy
 from data.schema import KEY_NAMES
-from data.shards import Tiles, digests_of
+from data.tiles import Tiles, digests_of
 
 # Per cent of what is left without the fiducial simulation; the test split takes the remainder of the rounding.
 PERCENT = {"compressor_train": 70, "npe_train": 25, "test": 5}
@@ -26,7 +26,7 @@ class SplitManifest:
     """Which tile is in which split.
 
     Attributes:
-        split_by: "tile" or "sim", what was dealt out.
+        split_by: "tile" or "sim", what was split.
         seed: of the split.
         fiducial_sim_id: the simulation held out of all splits but "fiducial".
         lmax, noise_level: of the tiles.
@@ -59,12 +59,15 @@ class SplitManifest:
 
     @property
     def sha256(self) -> str:
-        """Hash of the manifest; checkpoints carry it."""
+        """Hash of the manifest, which checkpoints carry: it protects from a stage 2 on another split than stage 1's."""
         return str(self.to_json()["sha256"])
 
 
 def fingerprint_of(tiles: Tiles) -> str:
-    """SHA-256 over lmax, noise level, keys, parameters and pixels in canonical order, however the shards were cut."""
+    """SHA-256 over lmax, noise level, keys, parameters and pixels in canonical order, however the shards were cut.
+
+    It protects from going on with another data set than the one that was split.
+    """
     digest = hashlib.sha256(f"{tiles.lmax} {tiles.noise_level}".encode())
     digest.update(np.ascontiguousarray(tiles.keys, dtype="<i8").tobytes())
     digest.update(np.ascontiguousarray(tiles.params, dtype="<f8").tobytes())
@@ -72,21 +75,17 @@ def fingerprint_of(tiles: Tiles) -> str:
     return digest.hexdigest()
 
 
-def _shuffled(items: list[tuple[int, ...]], seed: int) -> list[tuple[int, ...]]:
-    """A shuffle that no library update can change: the order of SHA-256 over seed and item."""
-    return sorted(items, key=lambda item: hashlib.sha256(":".join(map(str, (seed, *item))).encode()).digest())
+def split_keys(keys: np.ndarray, seed: int, split_by: SplitBy, fiducial_sim_id: int) -> dict[str, np.ndarray]:
+    """Split the keys (n, 3): the fiducial simulation by itself, and of the rest 70 / 25 / 5 % of tiles or simulations.
 
-
-def deal_keys(keys: np.ndarray, seed: int, split_by: SplitBy, fiducial_sim_id: int) -> dict[str, np.ndarray]:
-    """Deal the keys (n, 3) out: the fiducial simulation first, then 70 / 25 / 5 % of tiles or simulations.
+    They are shuffled as no library update can change: into the order of SHA-256 over seed and key.
 
     Raises:
         UserError: too few tiles or simulations to fill every split.
     """
-    fiducial = keys[:, 0] == fiducial_sim_id
-    rest = keys[~fiducial]
-    units = rest if split_by == "tile" else np.unique(rest[:, :1])[:, None]  # (n_units, 3 or 1)
-    shuffled = _shuffled([tuple(int(v) for v in unit) for unit in units], seed)
+    rest = keys[keys[:, 0] != fiducial_sim_id]
+    units = [tuple(key[: 3 if split_by == "tile" else 1]) for key in rest.tolist()]  # what each tile goes with
+    shuffled = sorted(set(units), key=lambda unit: hashlib.sha256(":".join(map(str, (seed, *unit))).encode()).digest())
     splits, start = {}, 0
     for name, percent in PERCENT.items():
         stop = len(shuffled) if name == "test" else start + len(shuffled) * percent // 100
@@ -96,15 +95,14 @@ def deal_keys(keys: np.ndarray, seed: int, split_by: SplitBy, fiducial_sim_id: i
                 f"{len(shuffled)} {split_by}s without the fiducial simulation are too few for a {percent} % {name} "
                 "split; add simulations (run_mock.py --n-sims)"
             )
-        splits[name] = np.array([key for key in rest if tuple(int(v) for v in key[: units.shape[1]]) in chosen])
+        splits[name] = rest[[unit in chosen for unit in units]]
         start = stop
-    splits["fiducial"] = keys[fiducial]
-    return splits
+    return {**splits, "fiducial": keys[keys[:, 0] == fiducial_sim_id]}
 
 
 def make_manifest(tiles: Tiles, seed: int, split_by: SplitBy, fiducial_sim_id: int) -> SplitManifest:
     """Split a data set; depends on its keys alone."""
-    splits = deal_keys(tiles.keys, seed, split_by, fiducial_sim_id)
+    splits = split_keys(tiles.keys, seed, split_by, fiducial_sim_id)
     return SplitManifest(split_by, seed, fiducial_sim_id, tiles.lmax, tiles.noise_level, fingerprint_of(tiles), splits)
 
 
@@ -123,8 +121,8 @@ def read_manifest(folder: Path) -> SplitManifest:
     content = read_sealed(path, "stage 1")
     try:
         splits = {name: np.array(content["splits"][name], dtype=np.int64).reshape(-1, 3) for name in SPLIT_NAMES}
-        fields = ("split_by", "seed", "fiducial_sim_id", "lmax", "noise_level", "fingerprint")
-        return SplitManifest(**{field: content[field] for field in fields}, splits=splits)
+        names = ("split_by", "seed", "fiducial_sim_id", "lmax", "noise_level", "fingerprint")
+        return SplitManifest(**{name: content[name] for name in names}, splits=splits)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is not what this version writes; run stage 1 again") from None
 

@@ -1,4 +1,4 @@
-"""Tiles that memory does not hold: read batch by batch, the next one while this one is computed with."""
+"""Tiles that stay on the disk: read batch by batch, the next one while this one is computed with."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class TileStream:
     """Normalised tiles out of an array on disk.
 
     Attributes:
-        nside: pixels per side.
+        shape: (n, bins, N, N).
     """
 
     def __init__(self, kappa: np.ndarray, norm_stats: NormStats, device: torch.device, dtype: torch.dtype) -> None:
-        """kappa (n, 4, N, N), mapped into memory, in physical units, bins fastest; tiles are given in `dtype`."""
+        """kappa (n, bins, N, N), mapped into memory, in physical units, bins fastest; tiles are given in `dtype`."""
         self.kappa, self.norm_stats, self.device, self.dtype = kappa, norm_stats, device, dtype
-        self.nside = kappa.shape[-1]
+        self.shape = kappa.shape
         self._reader = ThreadPoolExecutor(1, "tile reader")
         self._ahead: tuple[torch.Tensor, Future[torch.Tensor]] | None = None
 
@@ -29,13 +29,13 @@ class TileStream:
         self._ahead = (rows, self._reader.submit(self._read, rows))
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """Tiles (B, 4, N, N) on the device, channels_last."""
+        """Tiles (B, bins, N, N) on the device, channels_last."""
         ahead, self._ahead = self._ahead, None
         kappa = ahead[1].result() if ahead is not None and torch.equal(ahead[0], rows) else self._read(rows)
         return kappa.to(self.device, non_blocking=kappa.is_pinned())
 
     def _read(self, rows: torch.Tensor) -> torch.Tensor:
-        # take() copies without the interpreter's lock: the main thread goes on while pages come from the disk.
-        pixels = np.take(self.kappa.transpose(0, 2, 3, 1), rows.numpy(), axis=0)  # (B, N, N, 4)
+        # take() copies without the interpreter's lock: the main thread works on while pages come from the disk.
+        pixels = np.take(self.kappa.transpose(0, 2, 3, 1), rows.numpy(), axis=0)  # (B, N, N, bins)
         kappa = torch.from_numpy(self.norm_stats.normalise_tiles(pixels.transpose(0, 3, 1, 2))).to(self.dtype)
-        return kappa.pin_memory() if self.device.type == "cuda" else kappa  # (B, 4, N, N)
+        return kappa.pin_memory() if self.device.type == "cuda" else kappa  # (B, bins, N, N)

@@ -9,7 +9,7 @@ from common.artifacts import CannotWriteError
 from common.errors import UserError
 from common.options import difference
 from data.cache import FOLDER as CACHE
-from data.shards import description_of
+from data.shard_metadata import description_of
 
 RESTARTING = "restarting"  # the file says that --restart has deleted what was there
 

@@ -20,7 +20,8 @@ from data.mock.cosmology import design
 from data.mock.simulation import Simulation, simulate
 from data.mock.suite import build_suite
 from data.schema import PARAM_NAMES, nside_of
-from data.shards import Tiles, open_shard
+from data.tiles import Tiles
+from data.write_shards import open_shard
 
 GUARD_S = 600  # ends what hangs: ten times what the slowest guarded command takes on a busy machine
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +63,9 @@ def run_command(
     return run
 
 
-def make_tiles(n_sims: int, nside: int, lmax: int, seed: int = 0, noise_level: str = "des_y3") -> Tiles:
+def make_tiles(
+    n_sims: int, nside: int, lmax: int, seed: int = 0, noise_level: str = "des_y3", n_bins: int = 4
+) -> Tiles:
     """Tiles of random numbers with consistent labels, 12 a simulation, simulation 109 among them."""
     rng = np.random.default_rng(seed)
     sims = np.arange(1, n_sims + 1)
@@ -74,7 +77,7 @@ def make_tiles(n_sims: int, nside: int, lmax: int, seed: int = 0, noise_level: s
     keys = np.stack([sim_id, orientation, tile], axis=1)
     per_sim = rng.uniform(0.3, 0.9, (n_sims, len(PARAM_NAMES)))
     per_sim[:, 2] = per_sim[:, 1] * np.sqrt(per_sim[:, 0] / 0.3)
-    kappa = rng.standard_normal((len(keys), 4, nside, nside)).astype(np.float32)
+    kappa = rng.standard_normal((len(keys), n_bins, nside, nside)).astype(np.float32)
     return Tiles(kappa, keys, np.repeat(per_sim, 12, axis=0), lmax, noise_level)
 
 
@@ -94,5 +97,5 @@ def write_tiles(folder: Path, tiles: Tiles, rows_per_shard: int, metadata: dict[
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(tiles.keys), rows_per_shard)):
         part = slice(start, start + rows_per_shard)
-        with open_shard(folder / f"shard_{number:04d}.parquet", tiles.kappa.shape[2], metadata or {}) as shard:
+        with open_shard(folder / f"shard_{number:04d}.parquet", metadata or {}) as shard:
             shard.write(tiles.kappa[part], tiles.keys[part], tiles.params[part], tiles.noise_level)

@@ -15,10 +15,11 @@ from data.ingest.download import download
 from data.ingest.lightcone import BadSimulationError, project_lightcone
 from data.ingest.maps import read_kappa_maps
 from data.schema import TILES_PER_SIM, noise_cl, nside_of, tile_keys
-from data.shards import INGEST_KEY, open_shard
+from data.shard_metadata import INGEST_KEY
 from data.sphere.harmonics import white_alm
 from data.sphere.pixel_window import pixel_window
 from data.sphere.tiles import tiles_of_alm
+from data.write_shards import open_shard
 
 # Of the analysis: alms up to lmax <= 2 nside are then good to 1e-4 (none: 6e-4; three: 1e-6).
 ITERATIONS = 1
@@ -137,7 +138,7 @@ def _write_shards(job: Job, alm: np.ndarray, top: int) -> None:
         for level in (level for of, level in job.shards if of == lmax):
             folder, description = job.shards[lmax, level]
             sigma = np.sqrt(noise_cl(level)).astype(np.float32)[:, None, None]  # (4, 1, 1)
-            with open_shard(shard_path(folder, job.sim_id), nside, {INGEST_KEY: description}) as shard:
+            with open_shard(shard_path(folder, job.sim_id), {INGEST_KEY: description}) as shard:
                 shard.write(signal + sigma * noise, keys, np.tile(job.params, (TILES_PER_SIM, 1)), level)
 
 

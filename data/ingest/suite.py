@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from common.artifacts import claimed, tiles_folder, write_json
+from common.artifacts import tiles_folder, write_json
 from common.errors import UserError, warn
 from common.interrupt import result_of
+from common.lock import exclusive
 from common.machine import free_memory, usable_cores
 from common.progress import Progress
 from common.versions import COMMIT
@@ -27,8 +28,8 @@ from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
 from data.ingest.simulation import Job, Outcome, ingest, shard_path
 from data.pictures import draw_suite
-from data.schema import N_BINS, THETA_COLUMNS, TILES_PER_SIM, nside_of
-from data.shards import ORIENTATIONS_KEY
+from data.schema import FOM_PARAMS, N_BINS, TILES_PER_SIM, columns_of
+from data.shard_metadata import ORIENTATIONS_KEY
 from data.sky import ORIENTATIONS
 from data.suite_folder import end_restart, finished_shards
 
@@ -127,7 +128,7 @@ def run_ingest(config: IngestConfig) -> dict[str, Any]:
     jobs = plan(config)
     with ExitStack() as held:
         for folder, _ in jobs[0].shards.values():
-            held.enter_context(claimed(Path(folder)))
+            held.enter_context(exclusive(Path(folder)))
         outcomes = _worked_off(config, unfinished(jobs, config.restart))
         return summarise(jobs, outcomes, time.monotonic() - start)
 
@@ -202,12 +203,12 @@ def summarise(jobs: list[Job], outcomes: list[Outcome], elapsed_s: float) -> dic
         "commit": COMMIT,
     }
     params = {shard_path("", job.sim_id).name: job.params for job in jobs}
-    for (lmax, _), folder in zip(jobs[0].shards, folders, strict=True):
+    for folder in folders:
         if shards := sorted(path for path in folder.glob("shard_*.parquet") if path.name in params):
-            theta = np.array([params[path.name] for path in shards])[:, THETA_COLUMNS]  # (n_sims, 2)
+            theta = columns_of(np.array([params[path.name] for path in shards]), FOM_PARAMS)  # (n_sims, 2)
             fiducial = params.get(shard_path("", FIDUCIAL_SIM_ID).name)
-            star = None if fiducial is None else fiducial[THETA_COLUMNS]
-            draw_suite(shards[0], nside_of(lmax), theta, star, folder / "suite.png")
+            star = None if fiducial is None else columns_of(fiducial, FOM_PARAMS)
+            draw_suite(shards[0], theta, star, folder / "suite.png")
         write_json(folder / SUMMARY_NAME, result)
         end_restart(folder)
     return result

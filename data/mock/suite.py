@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from common.artifacts import claimed, tiles_folder
+from common.artifacts import tiles_folder
 from common.interrupt import result_of
+from common.lock import exclusive
 from common.machine import usable_cores
 from common.progress import Progress
 from common.workers import in_order, worker_pool
@@ -23,10 +24,11 @@ from data.mock.fields import band_of
 from data.mock.simulation import Simulation, simulate
 from data.mock.theory import theory_cl
 from data.pictures import draw_suite
-from data.schema import SIMS_PER_SHARD, THETA_COLUMNS, THETA_NAMES, TILES_PER_SIM, nside_of, tile_keys
-from data.shards import METADATA_KEY, ORIENTATIONS_KEY, open_shard
+from data.schema import FOM_PARAMS, SIMS_PER_SHARD, TILES_PER_SIM, columns_of, nside_of, tile_keys
+from data.shard_metadata import METADATA_KEY, ORIENTATIONS_KEY
 from data.sky import ORIENTATIONS
 from data.suite_folder import end_restart, finished_shards
+from data.write_shards import open_shard
 
 FRESH_SEED_OFFSET = 1_000_000_007  # far from any seed that one would type
 
@@ -49,7 +51,7 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
     seed = config.seed + FRESH_SEED_OFFSET * config.fresh
     sim_ids, cosmologies = design(config.n_sims, seed, None if config.fresh else config.fiducial_sim_id, config.vary)
     theory_cl(cosmologies[:1], band_of(config.lmax, config.field))  # refuses an lmax beyond the table
-    with claimed(folder):
+    with exclusive(folder):
         _write_shards(config, folder, seed, sim_ids, cosmologies, on_checkpoint)
     return {
         "folder": str(folder),
@@ -83,9 +85,9 @@ def _write_shards(
     }
     if missing:
         _simulate_shards(missing, description, config.workers or usable_cores(), on_checkpoint)
-    fiducial = np.array([FIDUCIAL[name] for name in THETA_NAMES])
-    theta = params_of(cosmologies)[:, THETA_COLUMNS]  # (n_sims, 2)
-    draw_suite(_shard_path(folder, 0), nside, theta, fiducial, folder / "suite.png")
+    fiducial = np.array([FIDUCIAL[name] for name in FOM_PARAMS])
+    theta = columns_of(params_of(cosmologies), FOM_PARAMS)  # (n_sims, 2)
+    draw_suite(_shard_path(folder, 0), theta, fiducial, folder / "suite.png")
     end_restart(folder)
     on_checkpoint()
 
@@ -105,7 +107,7 @@ def _simulate_shards(
         syncing, closing = disk.submit(lambda: None), None
         for path, of_shard in shards.items():
             with ExitStack() as opened:
-                shard = opened.enter_context(open_shard(path, of_shard[0].nside, {METADATA_KEY: description}))
+                shard = opened.enter_context(open_shard(path, {METADATA_KEY: description}))
                 for job in of_shard:
                     params = np.tile(params_of(job.cosmo[None]), (TILES_PER_SIM, 1))  # (12, 8)
                     shard.write(next(simulated), tile_keys(job.sim_id), params, job.noise_level)

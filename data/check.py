@@ -1,0 +1,66 @@
+"""Read a folder of tiles, split it, audit it: how a training begins, and all that run_check.py does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.artifacts import tiles_folder
+from data.audit import Audit, audit_tiles
+from data.cache import read_tiles_through_cache
+from data.config import CheckConfig, SplitOptions
+from data.moments import Moments
+from data.shard_metadata import read_orientations
+from data.split import SplitManifest, make_manifest, split_indices
+from data.tiles import Tiles
+
+
+@dataclass(frozen=True)
+class AuditedTiles:
+    """A data set, its split and its audit; `rows` has the positions in `tiles` of every split's tiles."""
+
+    tiles: Tiles
+    moments: Moments
+    manifest: SplitManifest
+    rows: dict[str, np.ndarray]
+    audit: Audit
+
+
+def read_and_split(folder: Path, options: SplitOptions, manifest: SplitManifest | None = None) -> AuditedTiles:
+    """Read the tiles of a folder, split them as the manifest says, or anew if there is none, and audit them.
+
+    Raises:
+        UserError: bad shards, too few tiles to split, or a manifest or geometry that does not fit them.
+    """
+    tiles, moments = read_tiles_through_cache(folder, options.lmax, options.noise_level, options.nside)
+    manifest = manifest or make_manifest(tiles, options.split_seed, options.split_by, options.fiducial_sim_id)
+    rows = split_indices(manifest, tiles, folder)
+    orientations = read_orientations(folder, options.geometry)
+    audit = audit_tiles(tiles, moments, rows, options.fiducial_sim_id, orientations)
+    return AuditedTiles(tiles, moments, manifest, rows, audit)
+
+
+def check_tiles(config: CheckConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Read the tiles of a folder, split them as stage 1 would, audit them.
+
+    Args:
+        config: all options.
+        on_checkpoint: called at the end: the cache of the tiles may be new (Modal commits its Volume).
+
+    Returns:
+        what Audit.to_json gives, and warnings, folder, elapsed_s.
+
+    Raises:
+        UserError: as read_and_split.
+    """
+    start = time.monotonic()
+    folder = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level)
+    audit = read_and_split(folder, config).audit
+    on_checkpoint()
+    elapsed_s = round(time.monotonic() - start, 1)
+    return {**audit.to_json(), "warnings": audit.warnings(), "folder": str(folder), "elapsed_s": elapsed_s}

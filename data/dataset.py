@@ -1,0 +1,233 @@
+"""Normalised tiles in batches: held on the device or read from the disk (--tiles-on), as they are or augmented."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from common.device import free_memory_of, name_of_dtype, to_device
+from common.errors import say, warn
+from common.interrupt import check
+from common.progress import Progress
+from data.augment import Symmetries, draw_symmetries, gather_augmented
+from data.config import TilesOn
+from data.norm_stats import NormStats
+from data.schema import columns_of
+from data.stream import TileStream
+from data.tiles import Tiles
+
+MEMORY_SHARE = 0.8  # of what the network leaves may go to the tiles; allocators and others need some
+LOADED_AT_A_TIME = 64  # tiles
+
+
+class Batched(Protocol):
+    """A data set that gives whole batches and may be told of the next."""
+
+    def __len__(self) -> int: ...
+    def prefetch(self, positions: torch.Tensor) -> None: ...
+    def __getitems__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class TileDataset:
+    """Normalised tiles of one split with their normalised theta.
+
+    `ds[i]` is (kappa (bins, N, N), theta (d,)); `ds[[i, j, ...]]` by way of `__getitems__` is a whole
+    batch (kappa (B, bins, N, N) channels_last, theta (B, d)). With an augmentation generator every
+    access draws a new symmetry and roll per tile; if there is a `signal`, the same tiles without noise, also
+    a new noise: that of another tile of the split, with a symmetry and roll of its own.
+
+    All is drawn on the CPU, so that the draws are the same on every device and a stream knows which tiles to read,
+    and goes to the device in one copy a batch.
+    """
+
+    def __init__(
+        self,
+        source: torch.Tensor | TileStream,
+        theta: torch.Tensor,
+        rows: np.ndarray,
+        device: torch.device,
+        signal: torch.Tensor | TileStream | None = None,
+        keys: np.ndarray | None = None,
+    ) -> None:
+        self.source, self.theta, self.device, self.signal = source, theta, device, signal
+        self.rows, self.keys = torch.from_numpy(rows), keys
+        self.augment: torch.Generator | None = None
+        self.theta_noise: tuple[float, torch.Generator] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def augmented(
+        self, generator: torch.Generator, theta_noise: tuple[float, torch.Generator] | None = None
+    ) -> TileDataset:
+        """The same tiles, augmented with draws from `generator`.
+
+        Args:
+            generator: of symmetries, rolls and the noise of the tiles.
+            theta_noise: standard deviation of Gaussian noise on the normalised theta, and its generator.
+        """
+        other = copy.copy(self)
+        other.augment, other.theta_noise = generator, theta_noise
+        return other
+
+    def prefetch(self, positions: torch.Tensor) -> None:
+        """Say which batch is asked for next."""
+        first = self.source if self.augment is None or self.signal is None else self.signal
+        if isinstance(first, TileStream):
+            first.prefetch(self.rows[positions])
+
+    def __getitems__(self, positions: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return next(self.in_parts(positions, len(positions)))
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        kappa, theta = self.__getitems__([position])
+        return kappa[0], theta[0]
+
+    def in_parts(
+        self, positions: Sequence[int] | torch.Tensor, size: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A batch in parts of `size` tiles: the tiles and draws are those of the whole batch."""
+        rows = self.rows[torch.as_tensor(positions)]  # (B,)
+        views = self._views(rows)
+        theta = self.theta[rows]  # (B, d)
+        if self.theta_noise is not None:
+            sigma, generator = self.theta_noise
+            theta = theta + sigma * torch.randn(theta.shape, generator=generator)
+        *drawn, theta = to_device([*(t for view in views for t in view.drawn()), theta], self.device)
+        for start in range(0, len(rows), size):
+            some = slice(start, start + size)
+            here = iter(drawn)
+            kappa, *noise = (view.take([next(here)[some] for _ in view.drawn()]) for view in views)
+            if noise:  # is what the other tile has beside its signal
+                kappa += noise[0]
+                kappa -= noise[1]
+            yield kappa, theta[some]
+
+    def _views(self, rows: torch.Tensor) -> list[_View]:
+        """The tiles, and where noise is exchanged the others with and without it."""
+        if self.augment is None:
+            return [_View(self.source, rows)]
+        nside = self.source.shape[-1]
+        symmetries = draw_symmetries(len(rows), nside, self.augment)
+        if self.signal is None:
+            return [_View(self.source, rows, symmetries)]
+        others = self.rows[torch.randint(len(self.rows), (len(rows),), generator=self.augment)]  # (B,)
+        of_others = draw_symmetries(len(rows), nside, self.augment)
+        tiles = _View(self.signal, rows, symmetries)
+        return [tiles, _View(self.source, others, of_others), _View(self.signal, others, of_others)]
+
+
+class _View:
+    """Tiles of a batch, transformed if symmetries are given; those on the disk are read at once."""
+
+    def __init__(
+        self, source: torch.Tensor | TileStream, rows: torch.Tensor, symmetries: Symmetries | None = None
+    ) -> None:
+        if isinstance(source, TileStream):
+            source, rows = source.read(rows), torch.arange(len(rows))
+        self.store, self.rows, self.symmetries = source, rows, symmetries  # (n, bins, N, N), (B,)
+
+    def drawn(self) -> list[torch.Tensor]:
+        """What the device has to know: rows and symmetries, int64 (B,) each."""
+        return [self.rows] if self.symmetries is None else [self.rows, *vars(self.symmetries).values()]
+
+    def take(self, drawn: list[torch.Tensor]) -> torch.Tensor:
+        """Tiles (m, bins, N, N) for a part of `drawn`, which is on the device."""
+        rows, *symmetries = drawn
+        if symmetries:
+            return gather_augmented(self.store, rows, Symmetries(*symmetries))
+        return self.store.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)  # (m, N, N, bins) -> (m, bins, N, N)
+
+
+def whole_dataset(
+    tiles: Tiles,
+    params: tuple[str, ...],
+    norm_stats: NormStats,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    tiles_on: TilesOn = "auto",
+    reserve: int = 0,
+    called: str = "",
+) -> TileDataset:
+    """All tiles as one data set, not augmented.
+
+    Args:
+        tiles: in physical units, and left so.
+        params: names of the inferred parameters.
+        norm_stats: that they are normalised with.
+        device: that they are given on.
+        dtype: that they are given in, the one that the network computes in: it would round them to it anyway.
+        tiles_on: "device" holds them there, "disk" leaves them where they are and reads batch by batch,
+            "auto" holds them if they fit.
+        reserve: bytes of the device's free memory that are left to the network.
+        called: their name in the line that says what was chosen; without a name nothing is said.
+    """
+    theta = columns_of(tiles.params, params)  # (n, d)
+    size, free = tiles.kappa.size * dtype.itemsize, free_memory_of(device)
+    held = tiles_on == "device" or (tiles_on == "auto" and size <= int(MEMORY_SHARE * (free - reserve)))
+    if called:
+        chosen = f"held on {device}" if held else "read from the disk batch by batch"
+        why = f"{_gb(free)} free, of which {_gb(reserve)} for the network"
+        why = why if tiles_on == "auto" else f"--tiles-on {tiles_on}"
+        say(f"{called}: {_gb(size)} as {name_of_dtype(dtype)}, {chosen} ({why})")
+    if reserve > free:
+        warn(f"a step may need {_gb(reserve)} where {_gb(free)} are free on {device}; give a smaller --batch-size")
+    source = (_on_device if held else TileStream)(tiles.kappa, norm_stats, device, dtype)
+    normalised = torch.from_numpy(norm_stats.normalise_theta(theta).astype(np.float32))  # (n, d)
+    return TileDataset(source, normalised, np.arange(len(theta)), device)
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB"
+
+
+def _on_device(kappa: np.ndarray, norm_stats: NormStats, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    n, n_bins, nside, _ = kappa.shape
+    store = torch.empty((n, nside, nside, n_bins), dtype=dtype, device=device).permute(0, 3, 1, 2)  # (n, bins, N, N)
+    with Progress("loading tiles", n, "tiles") as progress:
+        for start in range(0, n, LOADED_AT_A_TIME):
+            some = slice(start, start + LOADED_AT_A_TIME)
+            store[some] = torch.from_numpy(norm_stats.normalise_tiles(kappa[some])).to(device)
+            progress.advance(len(store[some]))
+    return store
+
+
+def n_batches(n: int, batch_size: int) -> int:
+    """Batches per epoch."""
+    return -(-n // batch_size)
+
+
+def batch_positions(n: int, batch_size: int, shuffle: torch.Generator | None) -> list[torch.Tensor]:
+    """Cut 0..n-1, shuffled if a generator is given, into batches of nearly equal size.
+
+    Nearly equal, because a last batch of a few tiles would give BatchNorm useless statistics.
+    """
+    order = torch.arange(n) if shuffle is None else torch.randperm(n, generator=shuffle)
+    return list(order.tensor_split(n_batches(n, batch_size)))
+
+
+def batches(
+    dataset: Batched, batch_size: int, shuffle: torch.Generator | None = None, first: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One epoch of what a data set gives for a batch: (kappa (B, bins, N, N) or summary (B, d), theta (B, d)).
+
+    It begins with batch number `first`. Between two batches, where nothing is half done, a waiting signal is answered.
+    """
+    order = batch_positions(len(dataset), batch_size, shuffle)[first:]
+    for positions, following in zip_longest(order, order[1:]):
+        check()
+        batch = dataset.__getitems__(positions)
+        if following is not None:
+            dataset.prefetch(following)
+        yield batch
+
+
+def names_of_batch(dataset: TileDataset, batch_size: int, shuffle: torch.Generator, batch: int) -> str:
+    """The tiles of one batch of an epoch, given its shuffle: sim_id/orientation_id/tile_id, or the rows if unknown."""
+    rows = dataset.rows[batch_positions(len(dataset), batch_size, shuffle)[batch]].tolist()
+    return " ".join(str(row) if dataset.keys is None else "/".join(map(str, dataset.keys[row])) for row in rows)

@@ -1,0 +1,91 @@
+"""What a shard says about itself: how it was made, for which lmax, where its tiles lie, and the hash of its rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.errors import UserError
+from data.config import TileGeometry
+from data.sky import ORIENTATIONS, Orientations
+
+METADATA_KEY = "mock_suite"  # of the JSON that says how the mock suite made a shard; published shards have none
+INGEST_KEY = "ingest"  # the same for shards made from lightcones or maps
+CONTENT_KEY = "content_sha256"  # of the hash of all rows; every shard that we write has it, published ones do not
+ORIENTATIONS_KEY = "orientations_zyz_deg"  # in that JSON: data.sky.Orientations, or null for tiles without a common sky
+CONFIGURATION = re.compile(r"lmax_(\d+)_")  # how the folder of a published configuration begins
+
+
+def content_sha256(digests: np.ndarray, keys: np.ndarray, params: np.ndarray, noise_level: str) -> str:
+    """Hash of every row, however parquet lays it out: it protects from a shard that changed after it was written."""
+    content = hashlib.sha256(digests.tobytes())
+    content.update(keys.astype("<i8").tobytes())
+    content.update(params.astype("<f8").tobytes())
+    content.update(noise_level.encode())
+    return content.hexdigest()
+
+
+def description_of(path: Path) -> str | None:
+    """The JSON text that says how we made a shard; None if we did not write this file."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError):
+        return None
+    text = metadata.get(METADATA_KEY.encode(), metadata.get(INGEST_KEY.encode()))
+    return None if text is None else text.decode(errors="replace")
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """How we made a shard; empty if we did not.
+
+    Raises:
+        UserError: what it says is not JSON.
+    """
+    try:
+        return dict(json.loads(description_of(path) or "{}"))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} does not say in JSON how it was made; make it again") from None
+
+
+def check_lmax(path: Path, lmax: int) -> None:
+    """Compare with the lmax that a shard states, or else, as published shards state none, with its folder's name.
+
+    The shape of a tile is no test: several lmax have the same number of pixels.
+
+    Raises:
+        UserError: it is another lmax.
+    """
+    stated, where = _description(path).get("lmax"), path
+    if stated is None:  # the folder's name as it was given, or as it is behind a link
+        names = (CONFIGURATION.match(folder.name) for folder in (path.parent.absolute(), path.parent.resolve()))
+        if name := next(filter(None, names), None):
+            stated, where = int(name[1]), path.parent
+    if stated not in (None, lmax):
+        raise UserError(f"{where} holds tiles of lmax {stated}, not {lmax}; give their lmax, or other tiles")
+
+
+def read_orientations(folder: Path, geometry: TileGeometry = "auto") -> Orientations | None:
+    """Where the tiles of a folder lie: as the named geometry, or as its first shard says ("auto").
+
+    Empty for tiles without a common sky, None if the shard does not say.
+
+    Raises:
+        UserError: what it says are no angles.
+    """
+    if geometry != "auto":
+        return ORIENTATIONS[geometry]
+    first = min(folder.glob("shard_*.parquet"), default=folder)
+    description = _description(first)
+    if ORIENTATIONS_KEY not in description:
+        return None
+    try:
+        return tuple((float(a), float(b), float(c)) for a, b, c in description[ORIENTATIONS_KEY] or ())  # ZYZ
+    except (ValueError, TypeError):
+        raise UserError(f"{first} does not say where its tiles lie; make it again") from None
