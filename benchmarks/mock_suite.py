@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.measure import ROUNDS, Row, in_turns, report, seconds
 from common.machine import usable_cores
-from common.workers import in_order, worker_pool
+from data.workers import in_order, worker_pool
 from data.mock.config import MockConfig
 from data.mock.fields import band_of
 from data.mock.suite import build_suite

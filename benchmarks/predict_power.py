@@ -23,7 +23,7 @@ from common.artifacts import read_sealed, write_json
 from common.device import pick_device
 from common.machine import usable_cores
 from common.progress import Progress
-from common.workers import in_order, worker_pool
+from data.workers import in_order, worker_pool
 from compress.model import load_compressor
 from data.mock.cosmology import design, params_of
 from data.mock.fields import band_of, lognormal_alm

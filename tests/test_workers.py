@@ -14,7 +14,7 @@ from conftest import GUARD_S, ROOT
 
 from common.artifacts import CannotWriteError
 from common.errors import UserError
-from common.workers import in_order, worker_pool
+from data.workers import in_order, worker_pool
 
 BIG = 3_000_000  # of 8 bytes: 24 MB, far more than a pipe holds
 
@@ -54,7 +54,7 @@ STOPPED = f"""
 import signal, os, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from common.errors import exit_on_user_error
-from common.workers import in_order, worker_pool
+from data.workers import in_order, worker_pool
 from test_workers import big
 @exit_on_user_error
 def main():

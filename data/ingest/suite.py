@@ -20,7 +20,7 @@ from common.interrupt import result_of
 from common.machine import free_memory, usable_cores
 from common.progress import Progress
 from common.versions import COMMIT
-from common.workers import worker_pool
+from data.workers import worker_pool
 from data.config import FIDUCIAL_SIM_ID
 from data.ingest.config import IngestConfig
 from data.ingest.nz import read_nz
