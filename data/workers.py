@@ -34,28 +34,25 @@ class WorkerPool:
     """
 
     def __init__(self, n_workers: int) -> None:
+        self.n_workers = n_workers
         self._threads = ThreadPoolExecutor(n_workers)
         self._processes: list[Any] = []
         self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
 
-    def start(self, n_workers: int) -> None:
-        """Start the processes.
-
-        Raises:
-            UserError: the system does not allow that many.
-        """
+    def start(self) -> None:
+        """Start the processes; raises UserError if the system does not allow that many."""
         context = multiprocessing.get_context("spawn")
         try:
-            with _hidden_main():
-                for _ in range(n_workers):
-                    ours, theirs = context.Pipe()
-                    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-                    process.start()
-                    theirs.close()
-                    self._processes.append(process)
-                    self._idle.put(ours)
+            for _ in range(self.n_workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs,), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._idle.put(ours)
         except OSError as error:
-            raise UserError(f"cannot start {n_workers} processes ({error.strerror}); give fewer as --workers") from None
+            reason = f"cannot start {self.n_workers} processes ({error.strerror})"
+            raise UserError(f"{reason}; give fewer as --workers") from None
 
     def submit(self, function: Callable[[Job], Result], job: Job) -> Future[Result]:
         """Have a process call a module's function; the future holds what it returns or raises."""
@@ -67,30 +64,23 @@ class WorkerPool:
             pipe.send((function, job))
             result, error = pipe.recv()
         except (EOFError, ConnectionError):
-            raise UserError(
-                "a worker process died, most likely for lack of memory; give fewer as --workers (what is finished is "
-                "kept)"
-            ) from None
+            reason = "a worker process died, most likely for lack of memory"
+            raise UserError(f"{reason}; give fewer as --workers, what is finished is kept") from None
         finally:
             self._idle.put(pipe)
         if error is not None:
             raise error
         return result
 
-    def close(self) -> None:
-        """Wait for all jobs, then let the processes end."""
-        self._threads.shutdown()
+    def stop(self, *, kill: bool) -> None:
+        """End the processes: at once, whatever they are doing, or when all jobs are done."""
+        for process in self._processes if kill else ():
+            process.kill()
+        self._threads.shutdown(cancel_futures=kill)
         while not self._idle.empty():
             self._idle.get().close()
         for process in self._processes:
             process.join()
-
-    def kill(self) -> None:
-        """End the processes at once, whatever they are doing."""
-        for process in self._processes:
-            process.kill()
-        self._threads.shutdown(cancel_futures=True)
-        self.close()
 
 
 @contextmanager
@@ -98,20 +88,19 @@ def worker_pool(n_workers: int) -> Iterator[WorkerPool]:
     """Worker processes; an exception kills them, because a job may take minutes and leaves nothing half-written."""
     pool = WorkerPool(n_workers)
     try:
-        with deferred():  # a process that is not yet in the pool's list could not be killed
-            pool.start(n_workers)
+        with deferred(), _hidden_main():  # an interrupted start could leave a process that nobody kills
+            pool.start()
         yield pool
-        pool.close()
+        pool.stop(kill=False)
     except BaseException:
-        pool.kill()
+        pool.stop(kill=True)
         raise
 
 
 @contextmanager
 def _hidden_main() -> Iterator[None]:
     """Within, a new process does not import the command's own file, nor what that imports (numpy, Modal)."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         yield
     finally:
@@ -121,7 +110,7 @@ def _hidden_main() -> Iterator[None]:
 def _serve(pipe: Connection) -> None:
     """In a worker process: do jobs until the pipe is closed, or the parent dies."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read by numpy, which the first job imports
-    for signum in SIGNALS:  # they reach the parent too, which then ends this process
+    for signum in SIGNALS:  # the parent receives them too, and ends this process
         signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):
