@@ -52,6 +52,11 @@ class SplitTiles:
     test_ds: TileDataset
     fiducial_ds: TileDataset
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Of the split and the normalisation; best.ckpt has them, so that stage 2 finds out if one was exchanged."""
+        return {"manifest_sha256": self.manifest.sha256, "norm_stats_sha256": self.norm_stats.sha256}
+
 
 @dataclass(frozen=True)
 class TileDataModule:

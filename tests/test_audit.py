@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_LMAX, SMALL_SUITE, make_tiles, write_tiles
+from data.shards import METADATA_KEY, ORIENTATIONS_KEY, Tiles, open_shard, read_orientations, read_tiles
 
 import data.audit
 from common.errors import UserError
@@ -20,7 +21,6 @@ from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.moments import moments_of
 from data.schema import PARAM_NAMES
-from data.shards import METADATA_KEY, ORIENTATIONS_KEY, Tiles, open_shard, read_orientations, read_tiles
 from data.sky import ORIENTATIONS, Orientations, covered_patches, overlap_matrix
 from data.sphere.harmonics import noise_alm
 from data.sphere.tiles import tiles_of_alm
@@ -186,7 +186,7 @@ def test_a_scaled_a_noise_only_and_a_constant_tile_stand_out_and_no_other(larger
 
     assert outliers() == []
     tiles.kappa[100] *= 1.5
-    tiles.kappa[200] = tiles_of_alm(noise_alm("des_y3", 64, np.random.default_rng(0)), 64, 32, "disjoint")[0]
+    tiles.kappa[200] = tiles_of_alm(noise_alm("des_y3", 4, 64, np.random.default_rng(0)), 64, 32, "disjoint")[0]
     tiles.kappa[300, 2] = 0.0
     found = outliers()
     assert [o.key for o in found] == tiles.keys[[300, 200, 100]].tolist()

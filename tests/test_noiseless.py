@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiles, simulated, write_tiles
+from data.shards import read_tiles
 
 from common.errors import UserError
 from data.config import NoiseLevel
@@ -17,7 +18,6 @@ from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.module import NOT_NOISE, TileDataModule, batches, slope_on_signal
 from data.schema import noise_cl
-from data.shards import read_tiles
 
 CPU = torch.device("cpu")
 LMAX, NSIDE = 32, 16
@@ -81,7 +81,7 @@ def test_a_mock_suite_and_its_noiseless_twin_differ_by_noise_of_the_stated_power
     noisy, clean = (read_tiles(folder, LMAX, level) for level, folder in folders.items())
     noise = (noisy.kappa - clean.kappa).astype(np.float64)
     ell = np.arange(LMAX + 1)
-    expected = noise_cl("des_y3") * (2 * ell + 1).sum() / (4 * np.pi)  # (4,) variance of white noise up to lmax
+    expected = noise_cl("des_y3", 4) * (2 * ell + 1).sum() / (4 * np.pi)  # (4,) variance of white noise up to lmax
     np.testing.assert_allclose(noise.var(axis=(0, 2, 3)), expected, rtol=0.02)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.dataset import TileDataset
 from scipy.stats import multivariate_normal
 
 from common.device import seeded_generator
 from common.resume import LastCheckpoint
 from compress.model import FieldLevelCompressor
+from data.dataset import TileDataset
 from data.norm_stats import NormStats
 from npe.calibration import calibrate
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all

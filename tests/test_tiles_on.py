@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_LMAX, make_tiles, write_tiles
+from data.shards import Tiles
 
 import common.device
 import common.machine
@@ -24,7 +25,6 @@ from data.cache import read_tiles_through_cache
 from data.module import TileDataset, batches, whole_dataset
 from data.moments import moments_of
 from data.norm_stats import NormStats, compute_norm_stats
-from data.shards import Tiles
 from data.stream import TileStream
 
 CPU = torch.device("cpu")
