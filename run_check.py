@@ -8,19 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import remote
-from common.errors import exit_on_user_error, warn
-from common.options import parse_args, with_signature_of
+from common.command import Command
+from common.errors import warn
 from data.config import CheckConfig
-
-
-@exit_on_user_error
-def main() -> None:
-    """Parse, check, print."""
-    config = parse_args(CheckConfig)
-    from data.audit import check_tiles  # after parsing: --help and a bad value need no pyarrow
-
-    report(check_tiles(config))
 
 
 def report(result: dict[str, Any]) -> None:
@@ -64,24 +54,8 @@ def _share(partners: dict[str, Any], kind: str) -> str:
     return f"{partners[kind]} ({partners[kind + '_fraction']:.1%})"
 
 
-if remote.modal is not None:
-    app = remote.modal.App("kappa-fom-check")
-
-    @app.function(**remote.CPU_FUNCTION)
-    def check_in_container(options: dict[str, Any]) -> dict[str, Any]:
-        """The check in a container, beside the tiles."""
-        from data.audit import check_tiles
-
-        return remote.in_container(check_tiles, CheckConfig, options)
-
-    @app.local_entrypoint()
-    @exit_on_user_error
-    @with_signature_of(CheckConfig)
-    def modal_main(**options: Any) -> None:
-        """The check on Modal."""
-        CheckConfig(**options)  # a senseless value is refused here, before anything is sent
-        report(remote.out_of_container(check_in_container.remote(options)))
-
+COMMAND = Command("check", CheckConfig, "data.check.check_tiles", report, machine="cpu")
+main, app = COMMAND.main, COMMAND.modal_app()
 
 if __name__ == "__main__":
     main()

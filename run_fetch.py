@@ -8,19 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import remote
-from common.errors import exit_on_user_error
-from common.options import parse_args, with_signature_of
+from common.command import Command
 from data.config import FetchConfig
-
-
-@exit_on_user_error
-def main() -> None:
-    """Parse, download, print."""
-    config = parse_args(FetchConfig)
-    from data.fetch import fetch_tiles  # after parsing: --help and a bad value need no huggingface_hub
-
-    report(fetch_tiles(config))
 
 
 def report(result: dict[str, Any]) -> None:
@@ -35,24 +24,8 @@ def report(result: dict[str, Any]) -> None:
     )
 
 
-if remote.modal is not None:
-    app = remote.modal.App("kappa-fom-fetch")
-
-    @app.function(**remote.CPU_FUNCTION)
-    def fetch_in_container(options: dict[str, Any]) -> dict[str, Any]:
-        """The download, in a container."""
-        from data.fetch import fetch_tiles
-
-        return remote.in_container(fetch_tiles, FetchConfig, options)
-
-    @app.local_entrypoint()
-    @exit_on_user_error
-    @with_signature_of(FetchConfig)
-    def modal_main(**options: Any) -> None:
-        """The download on Modal."""
-        FetchConfig(**options)  # a senseless value is refused here, before anything is sent
-        report(remote.out_of_container(fetch_in_container.spawn(options).get()))
-
+COMMAND = Command("fetch", FetchConfig, "data.fetch.fetch_tiles", report, machine="cpu")
+main, app = COMMAND.main, COMMAND.modal_app()
 
 if __name__ == "__main__":
     main()

@@ -8,19 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import remote
-from common.errors import exit_on_user_error
-from common.options import parse_args, with_signature_of
+from common.command import Command
 from data.mock.config import MockConfig
-
-
-@exit_on_user_error
-def main() -> None:
-    """Parse, build, print."""
-    config = parse_args(MockConfig)
-    from data.mock.suite import build_suite  # after parsing: --help and a bad value need no ducc0
-
-    report(build_suite(config))
 
 
 def report(result: dict[str, Any]) -> None:
@@ -33,24 +22,8 @@ def report(result: dict[str, Any]) -> None:
     )
 
 
-if remote.modal is not None:
-    app = remote.modal.App("kappa-fom-mock")
-
-    @app.function(**remote.CPU_FUNCTION)
-    def mock_in_container(options: dict[str, Any]) -> dict[str, Any]:
-        """The suite in a container with many cores."""
-        from data.mock.suite import build_suite
-
-        return remote.in_container(build_suite, MockConfig, options)
-
-    @app.local_entrypoint()
-    @exit_on_user_error
-    @with_signature_of(MockConfig)
-    def modal_main(**options: Any) -> None:
-        """The suite on Modal."""
-        MockConfig(**options)  # a senseless value is refused here, before anything is sent
-        report(remote.out_of_container(mock_in_container.spawn(options).get()))
-
+COMMAND = Command("mock", MockConfig, "data.mock.suite.build_suite", report, machine="cpu")
+main, app = COMMAND.main, COMMAND.modal_app()
 
 if __name__ == "__main__":
     main()

@@ -6,63 +6,38 @@ modal run run_predict.py --run results/field_npe_runs/<tag> --tiles FILE    on M
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from common import remote
-from common.errors import exit_on_user_error
-from common.options import parse_args, with_signature_of
+from common.command import Command
 from npe.config import PredictConfig
+
+if TYPE_CHECKING:  # it needs torch, and --help does not
+    from npe.predict import PredictResult
 
 SHOWN = 12  # tiles, at the most
 
 
-@exit_on_user_error
-def main() -> None:
-    """Parse, predict, print."""
-    config = parse_args(PredictConfig)
-    from npe.predict import predict_tiles  # after parsing: --help and a bad value need no torch
-
-    report(predict_tiles(config))
-
-
-def report(result: dict[str, Any]) -> None:
+def report(result: PredictResult) -> None:
     """What the user waited for."""
-    tiles, folder = result["predictions"], result["folder"]
+    tiles, folder = result.predictions, result.folder
     for tile in tiles[:SHOWN]:
-        (omega_m, s8), (sigma_omega_m, sigma_s8) = tile["mu"], tile["sigma"]
-        print(
-            f"tile {tile['tile']}: Omega_m {omega_m:.3f} +- {sigma_omega_m:.3f}, S8 {s8:.3f} +- {sigma_s8:.3f}, "
-            f"FoM {tile['fom']:.0f}, {tile['verdict']}"
-        )
+        parts = zip(result.theta, tile.mu, tile.sigma, strict=True)
+        values = ", ".join(f"{name} {mu:.3f} +- {sigma:.3f}" for name, mu, sigma in parts)
+        print(f"tile {tile.tile}: {values}, FoM {tile.fom:.0f}, {tile.verdict}")
     if len(tiles) > SHOWN:
         print(f"... and {len(tiles) - SHOWN} more")
     print(
-        f"unlike    {result['n_unlike']} of {len(tiles)} tiles (1 in 100 ordinary ones is called so)\n"
+        f"flagged   {result.n_out_of_distribution} of {len(tiles)} tiles as out of distribution (1 in 100 ordinary "
+        "ones is)\n"
         f"picture   {folder}/predictions.png\n"
         f"all       {folder}/predict.json"
     )
-    if result["config"]["n_samples"]:
+    if result.config["n_samples"]:
         print(f'samples   getdist.loadMCSamples("{folder}/tile_0000")')
 
 
-if remote.modal is not None:
-    app = remote.modal.App("kappa-fom-predict")
-
-    @app.function(**remote.CPU_FUNCTION)
-    def predict_in_container(options: dict[str, Any]) -> dict[str, Any]:
-        """Predictions in a container."""
-        from npe.predict import predict_tiles
-
-        return remote.in_container(predict_tiles, PredictConfig, options)
-
-    @app.local_entrypoint()
-    @exit_on_user_error
-    @with_signature_of(PredictConfig)
-    def modal_main(**options: Any) -> None:
-        """Predictions on Modal."""
-        PredictConfig(**options)  # a senseless value is refused here, before anything is sent
-        report(remote.out_of_container(predict_in_container.spawn(options).get()))
-
+COMMAND = Command("predict", PredictConfig, "npe.predict.predict_tiles", report, machine="cpu")
+main, app = COMMAND.main, COMMAND.modal_app()
 
 if __name__ == "__main__":
     main()

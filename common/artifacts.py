@@ -8,14 +8,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
-
 from common.errors import UserError
-from common.lock import locked
 
 COMPRESSOR_RUNS = "field_compressor_runs"
 NPE_RUNS = "field_npe_runs"
@@ -58,36 +55,6 @@ def refuse_finished_run(folder: Path, result_file: str, restart: bool) -> None:
         raise UserError(f"{folder} holds a finished run; add --restart to replace it, or --tag NAME to keep both")
 
 
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Within, no other process can claim the folder; one that dies lets go of it.
-
-    The lock is the file .{name}.lock beside the folder, which means nothing by itself. It stays there, unless the
-    folder never came to be.
-
-    Raises:
-        UserError: another process has it, or nothing can be written there.
-    """
-    lock_path = folder.parent / f".{folder.name}.lock"
-    made = [parent for parent in folder.parents if not parent.exists()]
-    with ExitStack() as held:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(lock_path, timeout_s=0))
-        except Timeout:
-            raise UserError(f"another process is writing {folder}; wait for it, or choose another --tag") from None
-        except OSError as error:
-            raise CannotWriteError(folder, error) from None
-        try:
-            yield
-        finally:
-            if not folder.exists():
-                with suppress(OSError):
-                    lock_path.unlink()
-                    for parent in made:
-                        parent.rmdir()
-
-
 class CannotWriteError(UserError):
     """A file or folder that the system will not let us write."""
 
@@ -97,7 +64,7 @@ class CannotWriteError(UserError):
         super().__init__(f"cannot write {path} ({self.reason}); {cure} there, or choose another --results-dir")
 
     def __reduce__(self) -> tuple[type[UserError], tuple[Any, ...]]:
-        """So it comes out of a worker process."""
+        """How it comes back from a worker process or a container."""
         return UserError, self.args
 
 

@@ -34,6 +34,7 @@ def option(
     at_least: float | None = None,
     below: float | None = None,
     recipes: dict[str, dict[str, Any]] | None = None,
+    quotes: type[ResultsOptions] | None = None,
 ) -> Any:  # Any: as dataclasses.field, it stands where a value of the field's type does
     """A dataclass field, and all that is to be known of an option.
 
@@ -46,10 +47,10 @@ def option(
         plain_name: it becomes the name of a folder.
         above, at_least, below: bounds of a number.
         recipes: the named sets of options that it chooses from.
+        quotes: it holds options of the command with this dataclass.
     """
-    names = ("path", "may_change", "in_tag", "plain_name", "above", "at_least", "below", "recipes", "help")
-    values = (path, may_change, in_tag, plain_name, above, at_least, below, recipes, help)
-    return dataclasses.field(default=default, metadata=dict(zip(names, values, strict=True)))
+    about = {name: value for name, value in locals().items() if name != "default"}
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +83,18 @@ class SeedOptions(ResultsOptions):
     """Options of a command that draws at random and writes."""
 
     seed: int = option(42, "seed of every random draw of this command", at_least=0)
-    restart: bool = option(
-        False, "delete a finished run or suite of the same name and start over", may_change=True
+    restart: bool = option(False, "delete a finished run or suite of the same name and start over", may_change=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumableOptions(SeedOptions):
+    """Options of a training, which resumes where it was interrupted."""
+
+    checkpoint_seconds: float = option(
+        60.0,
+        "save last.ckpt at most so often; a killed run resumes from it with the same command",
+        may_change=True,
+        at_least=0,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from common.errors import UserError
 from common.machine import Device, Precision
-from common.options import SeedOptions, option, tag_suffix
+from common.options import ResumableOptions, option, tag_suffix
 from data.config import SplitOptions, TilesDirOptions, TilesOn
 from data.schema import FOM_PARAMS, PARAM_NAMES
 
@@ -28,7 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(TilesDirOptions):
+class TrainingOptions(TilesDirOptions, ResumableOptions):
     """What a training computes with."""
 
     device: Device = option("auto", "auto takes cuda, then mps, then cpu")
@@ -49,16 +49,10 @@ class TrainingOptions(TilesDirOptions):
         "tiles are held on the device, or read from the disk batch by batch; auto holds them if they fit",
         may_change=True,
     )
-    checkpoint_seconds: float = option(
-        60.0,
-        "save last.ckpt at most so often; a killed run resumes from it with the same command",
-        may_change=True,
-        at_least=0,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressorConfig(SplitOptions, TrainingOptions, SeedOptions):
+class CompressorConfig(SplitOptions, TrainingOptions):
     """Stage 1: train the field-level compressor, an EfficientNet that learns normalised theta from a tile."""
 
     recipe: str = option(

@@ -7,18 +7,20 @@ from torch import nn
 
 from compress.config import Backbone
 from compress.model import FieldLevelCompressor
-from data.schema import N_BINS
+from data.schema import FOM_PARAMS
 
 # float32 weight, its gradient, AdamW's two moments and a moving average, and the copy that autocast makes in bf16.
 BYTES_PER_PARAMETER = 5 * 4 + 2
-# Of a batch while it is gathered: an int64 index, the tile in float32, and another one where noise is exchanged.
-BYTES_PER_PIXEL = 8 + 2 * 4 * N_BINS
+# Of a batch while it is gathered: an int64 index per pixel, and the tile in float32 twice, as noise may be exchanged.
+BYTES_PER_PIXEL, BYTES_PER_VALUE = 8, 2 * 4
 SIDE = 128  # activations are measured at this many pixels a side, or fewer, and grow with their number
 FEW = 2  # tiles; of one alone there is no variance to normalise with
 COPIES = 2  # of a layer's input and output without gradients: what a block adds up at its end is there as well
 
 
-def bytes_of_a_step(backbone: Backbone, dtype: torch.dtype, batch_size: int, nside: int, *, training: bool) -> int:
+def bytes_of_a_step(
+    backbone: Backbone, dtype: torch.dtype, batch_size: int, nside: int, n_bins: int, *, training: bool
+) -> int:
     """Memory that a batch takes beside the tiles, in bytes.
 
     In training it is mostly what autograd keeps for the backward pass, which a forward pass of a few tiles on the CPU
@@ -27,21 +29,20 @@ def bytes_of_a_step(backbone: Backbone, dtype: torch.dtype, batch_size: int, nsi
 
     Args:
         backbone, dtype: of the network.
-        batch_size: tiles.
-        nside: pixels per side of a tile.
+        batch_size, nside, n_bins: tiles at a time, their pixels per side and channels.
         training: with gradients and optimiser, or without.
     """
     side = min(nside, SIDE)
     with torch.random.fork_rng(devices=[]):
-        model = FieldLevelCompressor(backbone, dtype)
+        model = FieldLevelCompressor(backbone, n_bins, n_params=len(FOM_PARAMS), dtype=dtype)
         measure = _kept_for_backward if training else _largest_layer
-        per_tile = (measure(model, 2 * FEW, side) - measure(model, FEW, side)) / FEW
-    per_pixel = per_tile / side**2 + BYTES_PER_PIXEL
+        per_tile = (measure(model, (2 * FEW, n_bins, side, side)) - measure(model, (FEW, n_bins, side, side))) / FEW
+    per_pixel = per_tile / side**2 + BYTES_PER_PIXEL + BYTES_PER_VALUE * n_bins
     n_parameters = sum(p.numel() for p in model.parameters())
     return int(batch_size * nside**2 * per_pixel) + n_parameters * BYTES_PER_PARAMETER
 
 
-def _kept_for_backward(model: FieldLevelCompressor, n_tiles: int, side: int) -> int:
+def _kept_for_backward(model: FieldLevelCompressor, shape: tuple[int, ...]) -> int:
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,13 +50,13 @@ def _kept_for_backward(model: FieldLevelCompressor, n_tiles: int, side: int) -> 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model.train()(torch.zeros(n_tiles, N_BINS, side, side))
+        output = model.train()(torch.zeros(shape))
     del output
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @torch.no_grad()
-def _largest_layer(model: FieldLevelCompressor, n_tiles: int, side: int) -> int:
+def _largest_layer(model: FieldLevelCompressor, shape: tuple[int, ...]) -> int:
     sizes = [0]
 
     def look(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -63,7 +64,7 @@ def _largest_layer(model: FieldLevelCompressor, n_tiles: int, side: int) -> int:
 
     leaves = [module for module in model.modules() if not list(module.children())]
     hooks = [leaf.register_forward_hook(look) for leaf in leaves]
-    model.eval()(torch.zeros(n_tiles, N_BINS, side, side))
+    model.eval()(torch.zeros(shape))
     for hook in hooks:
         hook.remove()
     return max(sizes)

@@ -17,19 +17,17 @@ from common.errors import UserError
 from common.machine import Precision, computes_in_bf16
 from compress.config import Backbone, CompressorConfig
 from compress.power import HIDDEN, PowerFilters
-from data.schema import N_BINS, THETA_NAMES
 
 CHECKPOINT_NAME = "best.ckpt"
 KIND = "compressor"
 CURE = "give the best.ckpt of a stage-1 run, or run stage 1 again"
-HASHES = ("manifest_sha256", "norm_stats_sha256")
 
 
 def pick_precision(name: Precision, device: torch.device, backbone: Backbone) -> torch.dtype:
-    """The dtype that the network's arithmetic runs in, the fastest unless asked: bf16 on a GPU that computes in it.
+    """The dtype of the network's arithmetic; auto takes the fastest: bf16 on a GPU that computes in it.
 
-    On a CPU with bf16 arithmetic efficientnet_v2_s takes 0.8 of the time in bf16, tiny and efficientnet_b0 1.2 of it
-    (benchmarks/README.md).
+    On a CPU with bf16 arithmetic efficientnet_v2_s takes 0.8 of the time in bf16, tiny and efficientnet_b0 1.2 times
+    the time (benchmarks/README.md).
     """
     if name == "auto":
         if device.type == "cuda":
@@ -52,46 +50,54 @@ def _tiny() -> EfficientNet:
     return EfficientNet(stages, dropout=0.0, stochastic_depth_prob=0.0, last_channel=256)
 
 
-def _backbone(name: Backbone) -> tuple[nn.Module, nn.Module, int]:
-    """Features of a tile, how they are pooled, and how many there are."""
+def _backbone(name: Backbone, n_bins: int) -> tuple[nn.Module, nn.Module, int]:
+    """The layers that make features of a tile, their pooling, and the number of features."""
     if name == "power":
-        return PowerFilters(), nn.Identity(), HIDDEN
+        return PowerFilters(n_bins), nn.Identity(), HIDDEN
     network = _tiny() if name == "tiny" else getattr(torchvision.models, name)(weights=None)
-    network.features[0][0] = _conv_for_bins(network.features[0][0])
+    network.features[0][0] = _conv_for_bins(network.features[0][0], n_bins)
     return network.features, network.avgpool, network.classifier[-1].in_features
 
 
-class FieldLevelCompressor(nn.Module):
-    """Tile (B, 4, N, N) -> summary (B, 2), an estimate of normalised (Omega_m, S8).
-
-    The backbone runs in `dtype` (bf16 by autocast, or float32); the head always in float32, since
-    its output is the result.
-    """
-
-    def __init__(self, backbone: Backbone, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.features, self.pool, n_features = _backbone(backbone)
-        self.head = nn.Linear(n_features, len(THETA_NAMES))
-        self.dtype = dtype
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, kappa: torch.Tensor) -> torch.Tensor:
-        with autocast(kappa.device, self.dtype):
-            features = self.pool(self.features(kappa)).flatten(1)  # (B, C, 1, 1) -> (B, C)
-        return self.head(features.float())  # (B, 2)
-
-
-def _conv_for_bins(stem: nn.Conv2d) -> nn.Conv2d:
+def _conv_for_bins(stem: nn.Conv2d, n_bins: int) -> nn.Conv2d:
     """The first convolution with one input channel per tomographic bin, initialised as torchvision does."""
-    conv = nn.Conv2d(N_BINS, stem.out_channels, kernel_size=3, stride=2, padding=1, bias=False)
+    conv = nn.Conv2d(n_bins, stem.out_channels, kernel_size=3, stride=2, padding=1, bias=False)
     assert conv.stride == stem.stride, "torchvision changed its stem"
     nn.init.kaiming_normal_(conv.weight, mode="fan_out")
     return conv
 
 
+class FieldLevelCompressor(nn.Module):
+    """Tile (B, n_bins, N, N) -> summary (B, n_params), an estimate of normalised theta.
+
+    The backbone runs in `dtype` (bf16 by autocast, or float32); the head always in float32, since
+    its output is the result.
+    """
+
+    def __init__(self, backbone: Backbone, n_bins: int, n_params: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.features, self.pool, n_features = _backbone(backbone, n_bins)
+        self.head = nn.Linear(n_features, n_params)
+        self.n_bins, self.dtype = n_bins, dtype
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, kappa: torch.Tensor) -> torch.Tensor:
+        with autocast(kappa.device, self.dtype):
+            features = self.pool(self.features(kappa)).flatten(1)  # (B, C, 1, 1) -> (B, C)
+        return self.head(features.float())  # (B, n_params)
+
+
 @dataclass(frozen=True)
 class TrainedCompressor:
-    """What best.ckpt holds; `sha256` is that of the file."""
+    """What best.ckpt holds.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        config: options of stage 1.
+        manifest_sha256, norm_stats_sha256: of the split and the normalisation that it was trained with.
+        epoch, val_mse: of these weights.
+        sha256: of the file; results name the compressor by it.
+    """
 
     model: FieldLevelCompressor
     config: CompressorConfig
@@ -110,37 +116,25 @@ def save_compressor(
     epoch: int,
     val_mse: float,
 ) -> None:
-    """Write best.ckpt; `hashes` are those of the files that belong to it, named as HASHES."""
-    content = {
-        "model": model.state_dict(),
-        "config": asdict(config),
-        **hashes,
-        "epoch": epoch,
-        "val_mse": val_mse,
-    }
-    save_checkpoint(path, KIND, content)
+    """Write best.ckpt; hashes are manifest_sha256 and norm_stats_sha256."""
+    content = {"model": model.state_dict(), "n_bins": model.n_bins, "config": asdict(config)}
+    save_checkpoint(path, KIND, content | hashes | {"epoch": epoch, "val_mse": val_mse})
 
 
 def load_compressor(path: Path, device: torch.device, precision: Precision) -> TrainedCompressor:
-    """Read best.ckpt; the network comes in evaluation mode, on the device.
+    """Read best.ckpt.
 
     Raises:
-        UserError: not a compressor checkpoint, or one whose weights do not fit its config.
+        UserError: not a compressor checkpoint, or one whose weights do not fit its options.
     """
-    content = load_checkpoint(path, KIND, ("model", "config", *HASHES, "epoch", "val_mse"), CURE)
+    plain = ("manifest_sha256", "norm_stats_sha256", "epoch", "val_mse")
+    content = load_checkpoint(path, KIND, ("model", "n_bins", "config", *plain), CURE)
     try:
         config = CompressorConfig(**content["config"])
-        model = FieldLevelCompressor(config.backbone, pick_precision(precision, device, config.backbone))
+        dtype = pick_precision(precision, device, config.backbone)
+        model = FieldLevelCompressor(config.backbone, content["n_bins"], len(config.theta_names), dtype)
         model.load_state_dict(content["model"])
     except (TypeError, RuntimeError, AttributeError):
-        raise UserError(f"{path}: weights and options in it do not belong together; run stage 1 again") from None
-    model = model.to(device).eval()
-    return TrainedCompressor(
-        model,
-        config,
-        content["manifest_sha256"],
-        content["norm_stats_sha256"],
-        content["epoch"],
-        content["val_mse"],
-        sha256_of_file(path),
-    )
+        raise UserError(f"{path}: its weights and options do not fit together; run stage 1 again") from None
+    some = {name: content[name] for name in plain}
+    return TrainedCompressor(model=model.to(device).eval(), config=config, **some, sha256=sha256_of_file(path))

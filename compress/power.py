@@ -1,4 +1,4 @@
-"""PowerFilters: the features of a network that sees a tile's power spectra and nothing else."""
+"""PowerFilters: a network that sees a tile's power spectra and nothing else."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from data.schema import N_BINS
-
 N_SCALES, FILTERS_PER_SCALE, FILTER_WIDTH, HIDDEN = 5, 24, 5, 64
 SOFTENING = 1e-4  # of the variance of a normalised pixel; keeps the logarithm finite for a constant tile
-BINOMIAL = (0.125, 0.375, 0.375, 0.125)  # takes away what a halved grid could not tell from larger scales
+BINOMIAL = (0.125, 0.375, 0.375, 0.125)  # smooths away what a grid of half as many pixels would alias
 
 
 class SymmetricConv2d(nn.Conv2d):
@@ -24,19 +22,19 @@ class SymmetricConv2d(nn.Conv2d):
 
 
 class PowerFilters(nn.Module):
-    """Tile (B, 4, N, N) -> features (B, HIDDEN).
+    """Tile (B, n_bins, N, N) -> features (B, HIDDEN).
 
-    At each of five scales, every one half as fine as the one before, linear filters that mix the bins are
-    applied and their responses squared and averaged: any auto- or cross-spectrum in bands, with bands and mixtures
-    learned. The logarithms go through a small MLP. For a Gaussian field on a periodic tile nothing more is to be had,
-    and much less has to be learned than by a deep network; of a field's non-Gaussian information it sees little.
-    The filters have the symmetries of the square, so that turns and flips of a tile change nothing.
+    At each of five scales, every one half as fine as the one before, linear filters mix the bins, and their responses
+    are squared and averaged. These are auto- and cross-spectra in bands; the bands and the mixtures are learned. Their
+    logarithms go through a small MLP. A Gaussian field on a periodic tile has no other information, and there is much
+    less to learn than for a deep network; it sees little of what is non-Gaussian. The filters have the symmetries of
+    the square, so that turning or flipping a tile changes nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, n_bins: int) -> None:
         super().__init__()
         self.filters = nn.ModuleList(
-            SymmetricConv2d(N_BINS, FILTERS_PER_SCALE, FILTER_WIDTH, bias=False) for _ in range(N_SCALES)
+            SymmetricConv2d(n_bins, FILTERS_PER_SCALE, FILTER_WIDTH, bias=False) for _ in range(N_SCALES)
         )
         n_powers = N_SCALES * FILTERS_PER_SCALE
         self.mlp = nn.Sequential(
@@ -51,7 +49,7 @@ class PowerFilters(nn.Module):
         log_powers = []
         for number, filters in enumerate(self.filters):
             if number:
-                kappa = _halved(kappa)  # (B, 4, N / 2^number, N / 2^number)
+                kappa = _halved(kappa)  # (B, n_bins, N / 2^number, N / 2^number)
             response = filters(_wrapped(kappa, FILTER_WIDTH // 2, FILTER_WIDTH // 2))
             response = response.to(torch.promote_types(response.dtype, torch.float32))  # bf16 has no digits for a mean
             log_powers.append(torch.log(response.square().mean(dim=(2, 3)) + SOFTENING))  # (B, FILTERS_PER_SCALE)
@@ -65,7 +63,8 @@ def _wrapped(kappa: torch.Tensor, before: int, after: int) -> torch.Tensor:
 
 
 def _halved(kappa: torch.Tensor) -> torch.Tensor:
-    """Every other pixel of the smoothed tile: (B, 4, N, N) -> (B, 4, N / 2, N / 2)."""
+    """Every other pixel of the smoothed tile: (B, n_bins, N, N) -> (B, n_bins, N / 2, N / 2)."""
+    n_bins = kappa.shape[1]
     binomial = torch.tensor(BINOMIAL, dtype=kappa.dtype, device=kappa.device)
-    kernel = torch.outer(binomial, binomial).expand(N_BINS, 1, -1, -1)  # (4, 1, 4, 4), each bin by itself
-    return functional.conv2d(_wrapped(kappa, 1, 2), kernel, stride=2, groups=N_BINS)
+    kernel = torch.outer(binomial, binomial).expand(n_bins, 1, -1, -1)  # (n_bins, 1, 4, 4), each bin by itself
+    return functional.conv2d(_wrapped(kappa, 1, 2), kernel, stride=2, groups=n_bins)

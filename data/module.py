@@ -336,7 +336,11 @@ def whole_dataset(
     held = tiles_on == "device" or (tiles_on == "auto" and size <= room)
     if called:
         chosen = f"held on {device}" if held else "read batch by batch"
-        why = f"--tiles-on {tiles_on}" if tiles_on != "auto" else f"{_gb(free)} free, of which {_gb(reserve)} for the network"
+        why = (
+            f"--tiles-on {tiles_on}"
+            if tiles_on != "auto"
+            else f"{_gb(free)} free, of which {_gb(reserve)} for the network"
+        )
         say(f"{called}: {_gb(size)} as {name_of_dtype(dtype)}, {chosen} ({why})")
     if reserve > free:
         warn(f"a step may need {_gb(reserve)} where {_gb(free)} are free on {device}; give a smaller --batch-size")

@@ -9,13 +9,13 @@ from typing import Any
 
 from common.errors import UserError
 from common.machine import Device
-from common.options import Config, ResultsOptions, SeedOptions, flag_of, lmax_list, option, parse_args
+from common.options import Config, ResultsOptions, flag_of, lmax_list, option, parse_args
 from compress.config import CompressorConfig, TrainingOptions
 from data.config import NoiseLevel
 
 
 @dataclass(frozen=True, kw_only=True)
-class NPEConfig(TrainingOptions, SeedOptions):
+class NPEConfig(TrainingOptions):
     """Stage 2: learn the posterior from the frozen compressor's summaries; the Figure of Merit at the fiducial."""
 
     ckpt: str = option(
@@ -60,11 +60,9 @@ class SweepConfig(ResultsOptions):
     seeds: int = option(3, "so many seeds at every lmax", above=0)
     seed: int = option(42, "the first of them; the others follow", at_least=0)
     noise_level: NoiseLevel = option("des_y3", "shape noise of the tiles")
-    stage_1: str = option("", "further options of run_compressor.py, in quotes")
-    stage_2: str = option("", "further options of run_npe.py, in quotes")
-    name: str = option(
-        "sweep", "name of the sweep; its runs are named {name}_lmax{lmax}_seed{seed}", plain_name=True
-    )
+    stage_1: str = option("", "further options of run_compressor.py, in quotes", quotes=CompressorConfig)
+    stage_2: str = option("", "further options of run_npe.py, in quotes", quotes=NPEConfig)
+    name: str = option("sweep", "name of the sweep; its runs are named {name}_lmax{lmax}_seed{seed}", plain_name=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

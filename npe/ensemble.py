@@ -11,7 +11,8 @@ import torch
 from common.device import seeded_generator
 from common.early_stopping import EarlyStopping
 from npe.fom import scatter
-from npe.model import GaussianNPE, Posterior
+from npe.model import GaussianNPE, Posterior, posterior_of_moments
+from npe.result import Ensemble, Mixture
 
 
 @dataclass
@@ -22,15 +23,15 @@ class Member:
     stopper: EarlyStopping
     best: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def judge(self, loss: float, epoch: int) -> bool:
-        """Take a validation loss, keep the weights if it is the best; once the member has stopped nothing changes."""
+    def update(self, loss: float, epoch: int) -> bool:
+        """Take a validation loss and keep the weights if it is the best. A member that has stopped does not change."""
         if self.stopper.should_stop() or not self.stopper.update(loss, epoch):
             return False
         self.best = {name: tensor.detach().clone() for name, tensor in self.npe.state_dict().items()}
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, best weights and how far its stopping has come."""
+        """Weights, best weights and the state of early stopping."""
         return {"npe": self.npe.state_dict(), "stopper": self.stopper.state_dict(), "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -40,12 +41,12 @@ class Member:
         self.best = state_dict["best"]
 
 
-def make_members(n_members: int, seed: int, patience: int, device: torch.device) -> list[Member]:
+def make_members(n_members: int, n_params: int, seed: int, patience: int, device: torch.device) -> list[Member]:
     """Members with initial weights of their own; the first is the same whatever their number."""
     members = []
     for k in range(n_members):
         torch.manual_seed(seeded_generator(seed, f"npe member {k}").initial_seed())
-        members.append(Member(GaussianNPE().to(device), EarlyStopping(patience)))
+        members.append(Member(GaussianNPE(n_params).to(device), EarlyStopping(patience)))
     return members
 
 
@@ -54,11 +55,11 @@ def mixture(posteriors: list[Posterior]) -> Posterior:
 
     mu = <mu_k>, Cov = <Cov_k + mu_k mu_k^T> - mu mu^T: what the members disagree about widens it.
     """
-    mu = np.stack([p.mu for p in posteriors])  # (K, n, 2)
-    mean = mu.mean(axis=0)  # (n, 2)
-    spread = mu - mean  # (K, n, 2)
+    mu = np.stack([p.mu for p in posteriors])  # (K, n, d)
+    mean = mu.mean(axis=0)  # (n, d)
+    spread = mu - mean  # (K, n, d)
     cov = np.stack([p.cov for p in posteriors]).mean(axis=0) + np.einsum("kni,knj->nij", spread, spread) / len(mu)
-    return Posterior(mean, cov, 1 / np.sqrt(np.linalg.det(cov)))
+    return posterior_of_moments(posteriors[0].params, mean, cov)
 
 
 def gaussian_kl(p: Posterior, q: Posterior) -> np.ndarray:
@@ -68,10 +69,10 @@ def gaussian_kl(p: Posterior, q: Posterior) -> np.ndarray:
     quadratic in theta.
     """
     precision = np.linalg.inv(q.cov)
-    shift = q.mu - p.mu  # (n, 2)
+    shift = q.mu - p.mu  # (n, d)
     trace = np.einsum("nij,nji->n", precision, p.cov)
     distance = np.einsum("ni,nij,nj->n", shift, precision, shift)
-    return 0.5 * (trace + distance - shift.shape[1]) + np.log(p.fom / q.fom)
+    return 0.5 * (trace + distance - shift.shape[1]) + np.log(p.inverse_volume / q.inverse_volume)
 
 
 def worst_divergence(posteriors: list[Posterior]) -> float:
@@ -79,19 +80,14 @@ def worst_divergence(posteriors: list[Posterior]) -> float:
     return max((float(gaussian_kl(p, q).mean()) for p in posteriors for q in posteriors if p is not q), default=0.0)
 
 
-def ensemble_to_json(posteriors: list[Posterior]) -> dict[str, Any]:
-    """What fom_result.json holds, from the members' posteriors of the fiducial tiles."""
+def compare(posteriors: list[Posterior]) -> Ensemble:
+    """How far posteriors of the fiducial tiles differ, of a run's members or of runs with other seeds."""
     medians = [float(np.median(p.fom)) for p in posteriors]
     mixed = mixture(posteriors)
-    return {
-        "n_members": len(posteriors),
-        "fom_fiducial_medians": medians,
-        "fom_fiducial_medians_std": scatter(np.array(medians)),
-        "mixture": {
-            "fom_fiducial_median": float(np.median(mixed.fom)),
-            "fom_fiducial_all": mixed.fom.tolist(),
-            "mu": mixed.mu.tolist(),
-            "cov": mixed.cov.tolist(),
-        },
-        "worst_divergence_nats": worst_divergence(posteriors),
-    }
+    return Ensemble(
+        n_members=len(posteriors),
+        fom_fiducial_medians=medians,
+        fom_fiducial_medians_std=scatter(np.array(medians)),
+        mixture=Mixture(float(np.median(mixed.fom)), mixed.fom.tolist(), mixed.mu.tolist(), mixed.cov.tolist()),
+        worst_divergence_nats=worst_divergence(posteriors),
+    )

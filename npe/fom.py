@@ -8,6 +8,7 @@ import torch
 from data.augment import draw_symmetries, gather_augmented
 from npe.compressed import CompressedTileDataset
 from npe.model import Posterior
+from npe.result import Shift
 
 N_BOOTSTRAP = 2000
 N_AUGMENTATIONS = 8  # draws per tile
@@ -39,7 +40,7 @@ def augmentation_shift(
     theta_std: np.ndarray,
     batch_size: int,
     generator: torch.Generator,
-) -> dict[str, dict[str, list[float]]]:
+) -> dict[str, Shift]:
     """How far augmentation moves the summaries, in units of each tile's posterior sigma.
 
     A summary estimates normalised theta, so its shift times theta_std over sigma is the shift of the
@@ -49,22 +50,22 @@ def augmentation_shift(
     Args:
         dataset: tiles that are not augmented, compressed.
         posterior: their posteriors, in the same order.
-        theta_std: (2,).
+        theta_std: (d,).
 
     Returns:
-        for "turns" (and flips), "rolls" and "all": `rms` and `mean` over tiles and draws, for (Omega_m, S8).
+        for "turns" (and flips), "rolls" and "all".
     """
-    sigma = torch.from_numpy(np.sqrt(np.diagonal(posterior.cov, axis1=1, axis2=2)) / theta_std)  # (n, 2), normalised
+    sigma = torch.from_numpy(posterior.sigma / theta_std)  # (n, d), normalised
     tiles, result = dataset.tiles, {}
     for name, kinds in {"turns": (True, False), "rolls": (False, True), "all": (True, True)}.items():
         shifts = []
         for positions in torch.arange(len(tiles)).split(batch_size):
-            kappa, _ = tiles.__getitems__(positions)  # (B, 4, N, N)
-            original, rows = dataset.compress(kappa), torch.arange(len(kappa))  # (B, 2), (B,)
+            kappa, _ = tiles.__getitems__(positions)  # (B, n_bins, N, N)
+            original, rows = dataset.compress(kappa), torch.arange(len(kappa))  # (B, d), (B,)
             for _ in range(N_AUGMENTATIONS):
                 symmetries = draw_symmetries(len(rows), kappa.shape[-1], generator, turns=kinds[0], rolls=kinds[1])
                 moved = dataset.compress(gather_augmented(kappa, rows, symmetries))
                 shifts.append((moved - original).cpu().double() / sigma[positions])
-        shift = torch.cat(shifts)  # (n * N_AUGMENTATIONS, 2)
-        result[name] = {"rms": shift.square().mean(dim=0).sqrt().tolist(), "mean": shift.mean(dim=0).tolist()}
+        shift = torch.cat(shifts)  # (n * N_AUGMENTATIONS, d)
+        result[name] = Shift(rms=shift.square().mean(dim=0).sqrt().tolist(), mean=shift.mean(dim=0).tolist())
     return result

@@ -13,10 +13,9 @@ from torch import nn
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from data.norm_stats import NormStats
-from data.schema import THETA_NAMES
+from data.schema import FOM_PARAMS
 from npe.config import NPEConfig
 
-N_THETA = len(THETA_NAMES)
 HIDDEN = 64
 CHECKPOINT_NAME = "npe_best.ckpt"
 KIND = "npe"
@@ -32,66 +31,88 @@ class GaussianNPE(nn.Module):
         -ln q = |L^T (theta - mu)|^2 / 2 - sum_i ln L_ii + (d / 2) ln(2 pi)
         1 / sqrt(det Cov) = prod_i L_ii
 
-    so neither the loss nor the Figure of Merit needs an inverse.
+    so neither the loss nor the volume of the posterior needs an inverse. The summary has d numbers, as theta has.
     """
 
     _below: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, n_params: int) -> None:
         super().__init__()
-        n_offdiagonal = N_THETA * (N_THETA - 1) // 2
+        self.n_params = n_params
+        n_offdiagonal = n_params * (n_params - 1) // 2
         self.mlp = nn.Sequential(
-            nn.Linear(N_THETA, HIDDEN),
+            nn.Linear(n_params, HIDDEN),
             nn.SiLU(),
             nn.Linear(HIDDEN, HIDDEN),
             nn.SiLU(),
-            nn.Linear(HIDDEN, 2 * N_THETA + n_offdiagonal),
+            nn.Linear(HIDDEN, 2 * n_params + n_offdiagonal),
         )
-        self.register_buffer("_below", torch.tril_indices(N_THETA, N_THETA, -1), persistent=False)
+        self.register_buffer("_below", torch.tril_indices(n_params, n_params, -1), persistent=False)
 
     def forward(self, summary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summaries (B, 2) -> mu (B, 2) and the precision's Cholesky factor L (B, 2, 2)."""
-        mu, log_diagonal, offdiagonal = self.mlp(summary).split([N_THETA, N_THETA, self._below.shape[1]], dim=-1)
-        factor = torch.diag_embed(log_diagonal.exp())  # (B, 2, 2)
+        """Summaries (B, d) -> mu (B, d) and the precision's Cholesky factor L (B, d, d)."""
+        sizes = [self.n_params, self.n_params, self._below.shape[1]]
+        mu, log_diagonal, offdiagonal = self.mlp(summary).split(sizes, dim=-1)
+        factor = torch.diag_embed(log_diagonal.exp())  # (B, d, d)
         factor[:, self._below[0], self._below[1]] = offdiagonal
         return mu, factor
 
     def nll(self, summary: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         """-ln q(theta | summary) per tile, (B,), in nats for normalised theta."""
         mu, factor = self(summary)
-        residual = (factor.mT @ (theta - mu)[:, :, None]).squeeze(-1)  # (B, 2, 2) @ (B, 2, 1) -> (B, 2)
+        residual = (factor.mT @ (theta - mu)[:, :, None]).squeeze(-1)  # (B, d, d) @ (B, d, 1) -> (B, d)
         log_det_factor = factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)  # (B,)
-        return 0.5 * residual.square().sum(dim=-1) - log_det_factor + 0.5 * N_THETA * math.log(2 * math.pi)
+        return 0.5 * residual.square().sum(dim=-1) - log_det_factor + 0.5 * self.n_params * math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """Gaussian posteriors in physical units: mu (n, 2), cov (n, 2, 2), fom (n,); float64."""
+    """Gaussian posteriors of n tiles in physical units, float64.
 
+    Attributes:
+        params: names of the d parameters.
+        mu, cov: (n, d) and (n, d, d).
+        inverse_volume: 1 / sqrt(det cov), (n,).
+    """
+
+    params: tuple[str, ...]
     mu: np.ndarray
     cov: np.ndarray
-    fom: np.ndarray
+    inverse_volume: np.ndarray
+
+    @property
+    def fom(self) -> np.ndarray:
+        """Figure of Merit 1 / sqrt(det Cov(Omega_m, S8)), (n,), marginalised over all other parameters."""
+        two = [self.params.index(name) for name in FOM_PARAMS]
+        if len(self.params) == len(two):
+            return self.inverse_volume
+        return 1 / np.sqrt(np.linalg.det(self.cov[:, two][:, :, two]))
+
+    @property
+    def sigma(self) -> np.ndarray:
+        """Marginal standard deviations, (n, d)."""
+        return np.sqrt(np.diagonal(self.cov, axis1=1, axis2=2))
+
+
+def posterior_of_moments(params: tuple[str, ...], mu: np.ndarray, cov: np.ndarray) -> Posterior:
+    """Gaussian posteriors with means (n, d) and covariances (n, d, d)."""
+    return Posterior(params, mu, cov, 1 / np.sqrt(np.linalg.det(cov)))
 
 
 @torch.no_grad()
-def predict_posterior(npe: GaussianNPE, summary: torch.Tensor, norm_stats: NormStats) -> Posterior:
-    """Posteriors of (Omega_m, S8) for summaries (n, 2)."""
-    mu, factor = (t.cpu().double().numpy() for t in npe(summary))  # (n, 2), (n, 2, 2)
-    theta_std = np.array(norm_stats.theta_std)
-    inverse = np.linalg.inv(factor)  # (n, 2, 2)
-    cov = inverse.transpose(0, 2, 1) @ inverse * np.outer(theta_std, theta_std)  # (n, 2, 2)
-    return Posterior(norm_stats.physical_theta(mu), cov, predict_fom(npe, summary, norm_stats))
-
-
-@torch.no_grad()
-def predict_fom(npe: GaussianNPE, summary: torch.Tensor, norm_stats: NormStats) -> np.ndarray:
-    """Figure of Merit 1 / sqrt(det Cov(Omega_m, S8)) in physical units, float64 (n,).
+def predict_posterior(
+    npe: GaussianNPE, summary: torch.Tensor, params: tuple[str, ...], norm_stats: NormStats
+) -> Posterior:
+    """Posteriors of theta for summaries (n, d).
 
     With theta = theta_mean + theta_std * normalised, sqrt(det Cov) grows by prod(theta_std).
     """
-    _, factor = npe(summary)
-    fom_normalised = factor.cpu().double().diagonal(dim1=-2, dim2=-1).prod(dim=-1)  # (n,)
-    return fom_normalised.numpy() / np.prod(norm_stats.theta_std)
+    mu, factor = (t.cpu().double().numpy() for t in npe(summary))  # (n, d), (n, d, d)
+    theta_std = np.array(norm_stats.theta_std)
+    inverse = np.linalg.inv(factor)  # (n, d, d)
+    cov = inverse.transpose(0, 2, 1) @ inverse * np.outer(theta_std, theta_std)  # (n, d, d)
+    inverse_volume = np.diagonal(factor, axis1=1, axis2=2).prod(axis=1) / np.prod(theta_std)  # (n,)
+    return Posterior(params, norm_stats.physical_theta(mu), cov, inverse_volume)
 
 
 def save_npe(
@@ -113,14 +134,14 @@ def save_npe(
     save_checkpoint(path, KIND, content)
 
 
-def load_npe(path: Path, device: torch.device) -> list[GaussianNPE]:
+def load_npe(path: Path, n_params: int, device: torch.device) -> list[GaussianNPE]:
     """Read npe_best.ckpt: the members in evaluation mode; the Figure of Merit is that of the first.
 
     Raises:
         UserError: not an NPE checkpoint.
     """
     content = load_checkpoint(path, KIND, ("members", "config"), CURE)
-    members = [GaussianNPE().to(device).eval() for _ in content["members"]]
+    members = [GaussianNPE(n_params).to(device).eval() for _ in content["members"]]
     try:
         for npe, weights in zip(members, content["members"], strict=True):
             npe.load_state_dict(weights)

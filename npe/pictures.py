@@ -10,15 +10,13 @@ from matplotlib.patches import Ellipse
 from scipy.stats import chi2
 
 from common.figures import BLUE, GREY, ORANGE, figure
-from data.module import TileDataModule
-from data.schema import N_BINS, THETA_NAMES
-from npe.calibration import LEVELS, Calibration
+from data.module import SplitTiles
+from data.schema import FOM_PARAMS, label_of
 from npe.model import Posterior
+from npe.result import Calibration, FomResult, SweepResult
 
 # Radius in sigma that holds 68.3 % of a two-dimensional Gaussian: sqrt(-2 ln(1 - 0.683)).
 RADIUS_68 = np.sqrt(-2 * np.log(1 - 0.683))
-
-
 MOST_ELLIPSES = 30  # of one colour; more cannot be told apart
 
 
@@ -30,80 +28,86 @@ def _ellipse(mu: np.ndarray, cov: np.ndarray, radius: float, **style: Any) -> El
     return Ellipse((mu[0], mu[1]), width, height, angle=angle, **style)
 
 
-def draw_fom(posterior: Posterior, theta_true: np.ndarray, result: dict[str, Any], path: Path) -> None:
+def _plane(params: tuple[str, ...]) -> list[int]:
+    """Positions of Omega_m and S8 among the parameters; the other parameters are marginalised over."""
+    return [params.index(name) for name in FOM_PARAMS]
+
+
+def draw_fom(result: FomResult, path: Path) -> None:
     """Left, the posteriors of the fiducial tiles over the truth; right, their FoMs with median and scatter."""
-    median, scatter = result["fom_fiducial_median"], result["fom_fiducial_std"] or 0.0  # null for one tile
-    n = len(posterior.fom)
+    median, scatter = result.fom_fiducial_median, result.fom_fiducial_std or 0.0  # null for one tile
+    fom, two = np.array(result.fom_fiducial_all), _plane(result.params)
+    mus, covs = result.posterior.mu[:, two], result.posterior.cov[:, two][:, :, two]  # (n, 2), (n, 2, 2)
+    theta_true, n = np.array(result.fiducial.theta_true)[two], len(fom)
     with figure(path, 9.6, 4.4) as drawn:
         left, right = drawn.subplots(1, 2, width_ratios=(1.15, 1))
-        for mu, cov in zip(posterior.mu, posterior.cov, strict=True):
+        for mu, cov in zip(mus, covs, strict=True):
             left.add_patch(_ellipse(mu, cov, RADIUS_68, facecolor=BLUE, edgecolor="none", alpha=0.07))
             left.add_patch(_ellipse(mu, cov, RADIUS_68, facecolor="none", edgecolor=BLUE, lw=1.0, alpha=0.8))
         left.plot(*theta_true, "*", color=ORANGE, ms=16, mec="white", label="truth", zorder=5)
         left.plot([], [], color=BLUE, label=f"68 % posterior of each of {n} tiles")
-        half_width = 1.05 * np.max(
-            np.abs(posterior.mu - theta_true) + RADIUS_68 * np.sqrt(np.diagonal(posterior.cov, axis1=1, axis2=2)),
-            axis=0,
-        )
+        sigma = np.sqrt(np.diagonal(covs, axis1=1, axis2=2))  # (n, 2)
+        half_width = 1.05 * np.max(np.abs(mus - theta_true) + RADIUS_68 * sigma, axis=0)
         left.set_xlim(theta_true[0] - half_width[0], theta_true[0] + half_width[0])
         left.set_ylim(theta_true[1] - half_width[1], theta_true[1] + 1.25 * half_width[1])
-        left.set(xlabel=r"$\Omega_{\rm m}$", ylabel=r"$S_8$")
-        left.set_title(f"Fiducial simulation, lmax {result['lmax']}, {result['noise_level']}")
+        left.set(xlabel=label_of(FOM_PARAMS[0]), ylabel=label_of(FOM_PARAMS[1]))
+        left.set_title(f"Fiducial simulation, lmax {result.lmax}, {result.noise_level}")
         left.legend(loc="upper right")
 
         if n > 1:
             band = (median - scatter, median + scatter)
             right.axhspan(*band, color=BLUE, alpha=0.12, lw=0, label="tile-to-tile scatter")
         right.axhline(median, color=BLUE, label=f"median {median:.0f}")
-        right.plot(np.arange(n), posterior.fom, "o", color=ORANGE, ms=6, label="one tile")
-        right.set_ylim(0, 1.3 * max(posterior.fom.max(), median + scatter))
+        right.plot(np.arange(n), fom, "o", color=ORANGE, ms=6, label="one tile")
+        right.set_ylim(0, 1.3 * max(fom.max(), median + scatter))
         right.set_xticks(np.arange(n))
         right.set(xlabel="fiducial tile", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
         right.set_title(f"FoM {median:.0f}" + (f" ± {scatter:.0f}" if n > 1 else ""))
         right.legend(loc="lower right")
 
 
-def draw_calibration(calibration: Calibration, tiles_name: str, path: Path) -> None:
-    """Left, expected coverage with its 68 % band; right, the distribution of d2 against chi^2."""
+def draw_calibration(calibration: Calibration, d2: np.ndarray, path: Path) -> None:
+    """Left, expected coverage with its 68 % band; right, the distribution of d2 (n,) against chi^2."""
+    levels, d = calibration.levels, len(calibration.theta)
     with figure(path, 9.6, 4.2) as drawn:
         left, right = drawn.subplots(1, 2)
         left.plot([0, 1], [0, 1], color=GREY, lw=1, label="exact posterior")
-        left.fill_between(LEVELS, calibration.coverage_lo, calibration.coverage_hi, color=BLUE, alpha=0.2, lw=0)
-        left.plot(LEVELS, calibration.coverage, color=BLUE, label="this posterior, 68 % band")
+        left.fill_between(levels, calibration.coverage_lo_16, calibration.coverage_hi_84, color=BLUE, alpha=0.2, lw=0)
+        left.plot(levels, calibration.coverage, color=BLUE, label="this posterior, 68 % band")
         left.set(xlabel="credibility", ylabel="share of tiles with the truth inside", xlim=(0, 1), ylim=(0, 1))
-        left.set_title(f"{calibration.verdict}: s = {calibration.s:.2f} ± {calibration.s_err:.2f}")
+        left.set_title(
+            f"{calibration.verdict}: chi²/dof {calibration.chi2_per_dof:.2f} ± {calibration.chi2_per_dof_err:.2f}"
+        )
         left.set_aspect("equal")
         left.legend(loc="upper left")
 
-        edges = np.linspace(0, 12, 25)
+        top = 8 + 2.0 * d
+        edges = np.linspace(0, top, 25)
+        last = np.nextafter(top, 0)
         right.hist(
-            np.minimum(calibration.d2, 11.99),
-            edges,
-            density=True,
-            color=BLUE,
-            alpha=0.35,
-            label="tiles (last bin: all above)",
+            np.minimum(d2, last), edges, density=True, color=BLUE, alpha=0.35, label="tiles (last bin: all above)"
         )
-        right.plot(edges, chi2(2).pdf(edges), color=ORANGE, label=r"$\chi^2$, two degrees of freedom")
-        right.set(xlabel="squared Mahalanobis distance of the truth", ylabel="density", xlim=(0, 12))
-        right.set_title(f"{len(calibration.d2)} tiles of {calibration.n_sims} simulations ({tiles_name})", fontsize=9)
+        right.plot(edges, chi2(d).pdf(edges), color=ORANGE, label=rf"$\chi^2$, {d} degrees of freedom")
+        right.set(xlabel="squared Mahalanobis distance of the truth", ylabel="density", xlim=(0, top))
+        right.set_title(f"{len(d2)} tiles of {calibration.n_sims} simulations ({calibration.tiles})", fontsize=9)
         right.legend(loc="upper right")
 
 
-def draw_tiles(data: TileDataModule, path: Path) -> None:
+def draw_tiles(data: SplitTiles, path: Path) -> None:
     """A fiducial tile and the test tiles of lowest and highest S8, bin by bin; one colour scale for each bin."""
-    test, theta = data.test_ds.rows.numpy(), data.tiles.theta
-    s8 = theta[test, THETA_NAMES.index("S8")]
+    test, theta = data.test_ds.rows.numpy(), data.theta
+    s8 = theta[test, data.params.index("S8")]
     rows = {
         "fiducial": int(data.fiducial_ds.rows[0]),
         "lowest S8": int(test[s8.argmin()]),
         "highest S8": int(test[s8.argmax()]),
     }
     std = data.norm_stats.tile_std
-    with figure(path, 11.0, 8.2) as drawn:
-        grid = drawn.subplots(len(rows), N_BINS)
+    n_bins = data.tiles.n_bins
+    with figure(path, 1.0 + 2.5 * n_bins, 8.2) as drawn:
+        grid = drawn.subplots(len(rows), n_bins, squeeze=False)
         for number, (line, (name, row)) in enumerate(zip(grid, rows.items(), strict=True)):
-            values = ", ".join(f"{n} {v:.3f}" for n, v in zip(THETA_NAMES, theta[row], strict=True))
+            values = ", ".join(f"{n} {v:.3f}" for n, v in zip(data.params, theta[row], strict=True))
             for k, axes in enumerate(line):
                 shown = axes.imshow(
                     data.tiles.kappa[row, k],
@@ -120,37 +124,38 @@ def draw_tiles(data: TileDataModule, path: Path) -> None:
 
 
 def draw_predictions(posterior: Posterior, ordinary: np.ndarray, theta: np.ndarray, path: Path) -> None:
-    """Posteriors of tiles, those unlike the training tiles in another colour, over the cosmologies learnt from.
+    """Posteriors of tiles, those out of distribution in another colour, over the cosmologies learnt from.
 
     Args:
         posterior: of n tiles.
         ordinary: bool (n,).
-        theta: (n_reference, 2).
+        theta: (n_reference, d).
         path: of the picture.
     """
+    two = _plane(posterior.params)
+    mu, cov = posterior.mu[:, two], posterior.cov[:, two][:, :, two]  # (n, 2), (n, 2, 2)
     with figure(path, 5.2, 4.2) as drawn:
         axes = drawn.subplots()
-        axes.plot(*theta.T, ".", color="0.8", ms=2, zorder=0, label="cosmologies learnt from")
-        for like, colour, label in ((True, BLUE, "ordinary"), (False, ORANGE, "unlike the training tiles")):
-            some = np.flatnonzero(ordinary == like)
+        axes.plot(*theta[:, two].T, ".", color="0.8", ms=2, zorder=0, label="cosmologies learnt from")
+        for is_ordinary, colour, label in ((True, BLUE, "ordinary"), (False, ORANGE, "out of distribution")):
+            some = np.flatnonzero(ordinary == is_ordinary)
             for i in some[:MOST_ELLIPSES]:
-                axes.add_patch(
-                    _ellipse(posterior.mu[i], posterior.cov[i], RADIUS_68, facecolor="none", edgecolor=colour, lw=1)
-                )
+                axes.add_patch(_ellipse(mu[i], cov[i], RADIUS_68, facecolor="none", edgecolor=colour, lw=1))
             if len(some):
                 more = f", {MOST_ELLIPSES} of them drawn" if len(some) > MOST_ELLIPSES else ""
-                axes.plot(*posterior.mu[some[:MOST_ELLIPSES]].T, ".", color=colour, label=f"{len(some)} {label}{more}")
-        axes.set(xlabel=r"$\Omega_{\rm m}$", ylabel=r"$S_8$", title="68 % of each tile's posterior")
+                axes.plot(*mu[some[:MOST_ELLIPSES]].T, ".", color=colour, label=f"{len(some)} {label}{more}")
+        axes.set(xlabel=label_of(FOM_PARAMS[0]), ylabel=label_of(FOM_PARAMS[1]), title="68 % of each tile's posterior")
         axes.legend(fontsize=8, loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
 
 
-def draw_curve(curve: list[dict[str, Any]], points: list[dict[str, Any]], noise_level: str, path: Path) -> None:
+def draw_curve(result: SweepResult, path: Path) -> None:
     """FoM against lmax: every run, the mean over seeds with their scatter, and the scatter from tile to tile."""
-    lmax = np.array([row["lmax"] for row in curve])
+    lmax = np.array([row.lmax for row in result.curve])
     fom, tiles, seeds = (  # a scatter is null for one tile or seed
-        np.array([row[name] or 0.0 for row in curve]) for name in ("fom", "std_over_tiles", "std_over_seeds")
+        np.array([getattr(row, name) or 0.0 for row in result.curve])
+        for name in ("fom", "std_over_tiles", "std_over_seeds")
     )
-    finished = [point for point in points if "error" not in point]
+    finished = [point for point in result.points if "error" not in point]
     with figure(path, 6.4, 4.4) as drawn:
         axes = drawn.subplots()
         # Bars rather than a band: there may be one lmax alone.
@@ -167,5 +172,5 @@ def draw_curve(curve: list[dict[str, Any]], points: list[dict[str, Any]], noise_
         axes.set_ylim(0, 1.25 * (fom + np.maximum(tiles, seeds)).max())
         axes.set_xticks(lmax)
         axes.set(xlabel="lmax", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
-        axes.set_title(f"Fiducial tiles, {noise_level}")
+        axes.set_title(f"Fiducial tiles, {result.noise_level}")
         axes.legend(loc="lower right")

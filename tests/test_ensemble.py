@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from npe.combine import combine_runs
 from scipy.stats import multivariate_normal
 from test_npe import CPU, LinearGaussian, MeanCompressor, Splits
 
@@ -14,7 +15,6 @@ from common.artifacts import sealed, write_json
 from common.device import seeded_generator
 from common.errors import UserError
 from common.resume import LastCheckpoint
-from npe.combine import combine_runs
 from npe.compressed import CompressedTileDataModule
 from npe.config import NPEConfig
 from npe.ensemble import gaussian_kl, mixture, worst_divergence

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SMALL_LMAX
+from npe.likeness import N_BANDS, TESTS, Likeness, Reference, spectra_of
 
 from common.device import pick_precision
 from common.errors import UserError
@@ -25,7 +26,6 @@ from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.shards import read_tiles
 from npe.config import NPEConfig, PredictConfig
-from npe.likeness import N_BANDS, TESTS, Likeness, Reference, spectra_of
 from npe.predict import predict_tiles
 from npe.train import train_npe
 

@@ -1,0 +1,205 @@
+"""What every run_*.py is: parse the options, call a function, print its result; here, or in a container on Modal.
+
+Only this file knows Modal. Without the package `modal` is None here, and the commands run as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, Literal
+
+from common.errors import UserError, exit_on_user_error
+from common.interrupt import listening
+from common.options import Config, ResultsOptions, flag_of, names_of, parse_args, with_signature_of
+from common.versions import COMMIT, COMMIT_VARIABLE
+
+# `python run_x.py` has no use for Modal, and starts in half the time without it.
+STARTED_HERE = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name.startswith("run_")
+try:
+    if STARTED_HERE:
+        raise ModuleNotFoundError
+    import modal
+except ModuleNotFoundError:
+    modal = None  # type: ignore[assignment]
+
+RESULTS = "/results"  # where the Volume is mounted
+VOLUME_NAME = "kappa-fom-results"
+GPUS = ["H100", "A100-80GB"]  # in this order, whichever is free first
+TIMEOUT_S = 24 * 60 * 60  # per attempt, the longest that Modal allows
+ROOT = Path(__file__).resolve().parent.parent
+Machine = Literal["gpu", "cpu", "small"]
+
+
+@dataclass(frozen=True)
+class Command(Generic[Config]):
+    """A command.
+
+    Attributes:
+        name: of the command, as run_{name}.py.
+        config_class: its options.
+        function: "package.module.name" of the function that does the work, which takes the config and on_checkpoint,
+            to be called after each file that must not be lost. It is imported after parsing, so that --help and a bad
+            value need no torch.
+        report: prints what the function returns.
+        machine: what the function needs on Modal.
+        plan: likewise of a function that is called first, where the user sits; `function` then gets what it returns.
+        side_by_side: likewise of the function that takes the place of `function` on Modal, and uses many containers:
+            its third argument is `run_all` below.
+    """
+
+    name: str
+    config_class: type[Config]
+    function: str
+    report: Callable[[Any], None]
+    machine: Machine = "gpu"
+    plan: str = ""
+    side_by_side: str = ""
+
+    def main(self) -> None:
+        """Run it here."""
+        exit_on_user_error(self._run_here)()
+
+    def _run_here(self) -> None:
+        config = parse_args(self.config_class)
+        self.report(function_named(self.function)(self._planned(config)))
+
+    def _planned(self, config: Config) -> Any:
+        return function_named(self.plan)(config) if self.plan else config
+
+    def modal_app(self) -> Any:
+        """What `modal run` looks for in a run_*.py, with this command as its entry point; None without Modal."""
+        if modal is not None:
+            entry = with_signature_of(self.config_class, exit_on_user_error(self._run_on_modal))
+            app.local_entrypoint(name=self.name)(entry)
+        return None if modal is None else app
+
+    def _run_on_modal(self, config: Config) -> None:
+        argument = self._planned(replace(config, results_dir=RESULTS) if self.plan else config)
+        if self.side_by_side:
+            call = lead.spawn(self.side_by_side, argument, self.machine)
+        else:
+            call = CONTAINERS[self.machine].spawn(self.function, argument)
+        self.report(raised(call.get()))
+
+
+def function_named(dotted: str) -> Callable[..., Any]:
+    """The function "package.module.name"."""
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def in_container(function: str, argument: Any, *more: Any) -> Any:
+    """Call a function in a container, with its files on the Volume.
+
+    A user's mistake comes back as a value: raised, Modal would try again ten times.
+    """
+    commit: Callable[[], None] = _no_volume
+    if not modal.is_local():  # `.local()`, in tests: no Volume is mounted
+        volume.reload()
+        commit = volume.commit
+        argument = on_volume(argument) if isinstance(argument, ResultsOptions) else argument
+    try:
+        with listening():  # a container that is taken away is told by SIGINT; the same input then comes again
+            return function_named(function)(argument, commit, *more)
+    except UserError as error:
+        return error
+
+
+def raised(result: Any) -> Any:
+    """The result of in_container, or the user's mistake raised where the user sits."""
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def _no_volume() -> None:
+    """Stands for volume.commit where no Volume is mounted."""
+
+
+def on_volume(config: Config) -> Config:
+    """The config with its paths below /results: `results/x`, `/results/x` and `x` all mean x on the Volume."""
+    moved: dict[str, Any] = {"results_dir": RESULTS}
+    for name in names_of(type(config), "path"):
+        if path := getattr(config, name):
+            moved[name] = str(_volume_path(path))
+    for name in names_of(type(config), "quotes"):
+        quoted = type(config).__dataclass_fields__[name].metadata["quotes"]
+        flags = [flag_of(path) for path in names_of(quoted, "path")]
+        moved[name] = _moved_in_quotes(getattr(config, name), flags)
+    return replace(config, **moved)
+
+
+def _moved_in_quotes(text: str, flags: list[str]) -> str:
+    """Options of another command, `--tiles-dir results/x` or with `=` between, with their paths below /results."""
+    words = shlex.split(text)
+    for i, word in enumerate(words):
+        flag, equals, path = word.partition("=")
+        if flag in flags and path:
+            words[i] = f"{flag}={_volume_path(path)}"
+        elif flag in flags and not equals and i + 1 < len(words) and words[i + 1]:
+            words[i + 1] = str(_volume_path(words[i + 1]))
+    return shlex.join(words)
+
+
+def _volume_path(path: str) -> Path:
+    parts = [part for part in Path(path).parts if part not in ("/", ".")]
+    return Path(RESULTS, *(parts[1:] if parts and parts[0] == "results" else parts))
+
+
+if modal is not None:
+    app = modal.App("kappa-fom")
+    # As it is: a version that is asked for must be that of a Volume which exists.
+    volume = modal.Volume.from_name(VOLUME_NAME, create_if_missing=True)
+    image = (
+        modal.Image.debian_slim(python_version="3.11")
+        .uv_pip_install(requirements=[str(ROOT / "requirements.txt")])
+        # Last, so that an edit of the code rebuilds nothing. Everything but caches: not all that it needs is Python.
+        .add_local_python_source("common", "data", "compress", "npe", ignore=["**/__pycache__/**"])
+    )
+    FUNCTION: dict[str, Any] = {
+        "image": image,
+        "volumes": {RESULTS: volume},
+        "env": {COMMIT_VARIABLE: COMMIT},
+        "timeout": TIMEOUT_S,
+        "retries": modal.Retries(max_retries=10, initial_delay=0.0),
+        "single_use_containers": True,
+    }
+
+    @app.function(**FUNCTION, gpu=GPUS)
+    def on_gpu(function: str, argument: Any) -> Any:
+        """A function in a container with a GPU."""
+        return in_container(function, argument)
+
+    @app.function(**FUNCTION, cpu=16, memory=32 * 1024)
+    def on_cpu(function: str, argument: Any) -> Any:
+        """A function in a container with many cores."""
+        return in_container(function, argument)
+
+    @app.function(**FUNCTION, cpu=2, memory=6 * 1024)
+    def on_small(function: str, argument: Any) -> Any:
+        """A function in a small container, of which there may be many."""
+        return in_container(function, argument)
+
+    CONTAINERS: dict[str, Any] = {"gpu": on_gpu, "cpu": on_cpu, "small": on_small}
+
+    # It waits for other containers, long after the client may have gone.
+    @app.function(**FUNCTION, cpu=1, memory=2 * 1024, nonpreemptible=True)
+    def lead(function: str, argument: Any, machine: Machine) -> Any:
+        """A function that has others run side by side."""
+
+        def run_all(function: str, arguments: list[Any]) -> Iterator[Any]:
+            """What a function returns for each argument, in their order, or the exception in its place."""
+            local = modal.is_local()
+            if not local:
+                volume.commit()
+            calls = [(function, argument) for argument in arguments]
+            yield from CONTAINERS[machine].starmap(calls, return_exceptions=True)
+            if not local:
+                volume.reload()
+
+        return in_container(function, argument, run_all)

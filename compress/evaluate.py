@@ -1,0 +1,110 @@
+"""Evaluation of a compressor: what trained weights and data give."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import torch
+from data.dataset import TileDataset, batches, n_batches
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from common.device import describe_device, name_of_dtype, seeded_generator
+from common.early_stopping import EarlyStopping
+from common.errors import UserError
+from common.resume import LastCheckpoint
+from common.versions import versions
+from compress.config import CompressorConfig
+from compress.model import FieldLevelCompressor, load_compressor
+from compress.result import CompressorResult
+from data.module import SplitTiles
+
+
+@torch.no_grad()
+def predict(model: FieldLevelCompressor, dataset: TileDataset, batch_size: int) -> torch.Tensor:
+    """Summaries of all tiles of a data set, in evaluation mode: (n, n_params) on the CPU, normalised units."""
+    model.eval()
+    return torch.cat([model(kappa).cpu() for kappa, _ in batches(dataset, batch_size)])
+
+
+@torch.no_grad()
+def mean_squared_error(model: FieldLevelCompressor, dataset: TileDataset, batch_size: int) -> float:
+    """Mean squared error over tiles and parameters, normalised units, in evaluation mode.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    model.eval()
+    total = sum(
+        functional.mse_loss(model(kappa), theta, reduction="sum") for kappa, theta in batches(dataset, batch_size)
+    )
+    mse = float(total) / (len(dataset) * dataset.theta.shape[1])
+    if not math.isfinite(mse):
+        raise UserError("the validation loss is not finite; try a lower --learning-rate or longer --warmup-steps")
+    return mse
+
+
+@torch.no_grad()
+def renew_batch_norm(model: FieldLevelCompressor, dataset: TileDataset, config: CompressorConfig) -> None:
+    """Replace BatchNorm's running statistics by the mean ones of --norm-tiles tiles, not augmented.
+
+    The running ones come from the last batches, whose tiles are rolled and so have a seam that no other tile has. The
+    tiles are the same every time, and no layer is dropped, so that nothing is drawn at random.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.train()
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain mean over batches
+    some = batches(dataset, config.batch_size, seeded_generator(config.seed, "compressor norm tiles"))
+    for kappa, _ in islice(some, n_batches(config.norm_tiles, config.batch_size)):
+        model(kappa)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+@dataclass(frozen=True)
+class CompressorEvaluation:
+    """A result, and what its pictures show: for training and validation the summaries (n, n_params), normalised."""
+
+    result: CompressorResult
+    predicted: dict[str, torch.Tensor]
+
+
+def evaluate_compressor(
+    config: CompressorConfig, data: SplitTiles, stopper: EarlyStopping, last: LastCheckpoint
+) -> CompressorEvaluation:
+    """Evaluate the best weights of a training that has ended, on tiles that are not augmented."""
+    model = load_compressor(last.best, last.device, config.precision).model
+    splits = {"train": data.compressor_train_ds, "val": data.npe_train_ds, "test": data.test_ds}
+    predicted = {name: predict(model, dataset, config.batch_size) for name, dataset in splits.items()}
+    mse = {
+        f"{name}_mse": float((predicted[name] - dataset.theta[dataset.rows]).square().mean())
+        for name, dataset in splits.items()
+    }
+    result = CompressorResult(
+        lmax=config.lmax,
+        noise_level=config.noise_level,
+        backbone=config.backbone,
+        **mse,
+        epochs=last.position.epoch,
+        best_epoch=stopper.best_epoch,
+        stopped="early stopping" if stopper.should_stop() else "max_epochs",
+        elapsed_s=round(last.elapsed_s(), 1),
+        n_tiles={name: len(dataset) for name, dataset in splits.items()} | {"fiducial": len(data.fiducial_ds)},
+        n_parameters=sum(p.numel() for p in model.parameters()),
+        audit=data.audit,
+        manifest_sha256=data.manifest.sha256,
+        folder=str(last.path.parent),
+        tiles_dir=str(data.tiles_dir),
+        fingerprints=data.fingerprints,
+        device=describe_device(last.device),
+        precision=name_of_dtype(model.dtype),
+        versions=versions(),
+        config=asdict(config),
+    )
+    return CompressorEvaluation(result, predicted)

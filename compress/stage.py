@@ -1,0 +1,112 @@
+"""Stage 1 from shards to result.json: read, train, evaluate, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common.artifacts import compressor_folder, make_empty_folder, named_folder, refuse_finished_run, tiles_folder
+from common.device import name_of_dtype, pick_device
+from common.errors import warn
+from common.figures import draw_loss_curves
+from common.lock import exclusive
+from common.progress import METRICS_NAME
+from common.results import write_result
+from common.resume import LastCheckpoint
+from compress.config import CompressorConfig
+from compress.evaluate import CompressorEvaluation, evaluate_compressor
+from compress.memory import bytes_of_a_step
+from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, pick_precision
+from compress.pictures import draw_predictions
+from compress.result import RESULT_NAME, CompressorResult
+from compress.train import train
+from data.module import SplitTiles, TileDataModule
+from data.norm_stats import write_norm_stats
+from data.schema import nside_of
+from data.split import write_manifest
+
+
+def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] = lambda: None) -> CompressorResult:
+    """Run stage 1.
+
+    Args:
+        config: all options.
+        on_checkpoint: called after each file that must not be lost is written (Modal commits its Volume).
+
+    Returns:
+        the content of result.json.
+
+    Raises:
+        UserError: bad input, a finished run of the same tag, or a loss that is not finite.
+    """
+    folder = compressor_folder(config.results_dir, config.run_tag)
+    with exclusive(folder):
+        refuse_finished_run(folder, RESULT_NAME, config.restart)
+        device = pick_device(config.device)
+        dtype = pick_precision(config.precision, device, config.backbone)
+        fixed = {"precision": name_of_dtype(dtype)}
+        last = LastCheckpoint(folder, config, fixed, CHECKPOINT_NAME, device, on_checkpoint)
+        data = read_tiles(config, device, dtype)
+        if not last.can_resume(data.fingerprints):
+            make_empty_folder(folder)
+            write_manifest(folder, data.manifest)
+            write_norm_stats(folder, data.norm_stats)
+
+        torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
+        model = FieldLevelCompressor(config.backbone, data.tiles.n_bins, len(data.params), dtype).to(device)
+        stopper = train(model, data, config, last)
+        evaluation = evaluate_compressor(config, data, stopper, last)
+        _write(evaluation, data, folder)
+        last.path.unlink(missing_ok=True)
+        on_checkpoint()
+    return evaluation.result
+
+
+def read_tiles(config: CompressorConfig, device: torch.device, dtype: torch.dtype) -> SplitTiles:
+    """The tiles of --tiles-dir, split and normalised, after a look at what is wrong with them."""
+    reserve = partial(
+        bytes_of_a_step, config.backbone, dtype, config.batch_size, nside_of(config.lmax, config.nside), training=True
+    )
+    noiseless = config.noiseless_tiles
+    data = TileDataModule(
+        tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level),
+        config,
+        config.theta_names,
+        device=device,
+        dtype=dtype,
+        tiles_on=config.tiles_on,
+        reserve=reserve,
+        noiseless_dir=named_folder(noiseless, config.lmax, config.noise_level) if noiseless else None,
+    ).setup()
+    for warning in data.audit.warnings():
+        warn(warning)
+    if len(data.fiducial_ds) == 0:
+        warn(
+            f"{data.tiles_dir} has no simulation {config.fiducial_sim_id}: stage 2 will find no fiducial tiles and "
+            "refuse"
+        )
+    return data
+
+
+def _write(evaluation: CompressorEvaluation, data: SplitTiles, folder: Path) -> None:
+    """Pictures, then result.json: where it stands, the run is finished."""
+    result, predicted = evaluation.result, evaluation.predicted
+    draw_loss_curves(
+        folder / METRICS_NAME,
+        folder / "loss_curves.png",
+        "Compressor",
+        "mean squared error of normalised theta",
+        train=("train_loss", "training (augmented, with theta noise)"),
+        validation=("val_mse", "validation"),
+        best_epoch=result.best_epoch,
+        log=True,
+    )
+    splits = {
+        "training": (data.compressor_train_ds, predicted["train"]),
+        "validation": (data.npe_train_ds, predicted["val"]),
+    }
+    draw_predictions(splits, data.params, data.norm_stats, folder / "predicted_vs_true.png")
+    write_result(folder / RESULT_NAME, result)

@@ -1,0 +1,200 @@
+"""FomResult: the main product of this program, and all that it rests on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.results import key, read_result
+from data.audit import Audit
+from data.schema import FOM_PARAMS
+from npe.model import Posterior, posterior_of_moments
+
+RESULT_NAME = "fom_result.json"
+
+
+@dataclass(frozen=True)
+class FiducialTiles:
+    """The posteriors of the fiducial simulation's tiles."""
+
+    sim_id: int = key("the fiducial simulation")
+    theta: list[str] = key("names of the inferred parameters")
+    theta_true: list[float] = key("their true values")
+    mu: list[list[float]] = key("posterior mean of each tile")
+    cov: list[list[list[float]]] = key("posterior covariance of each tile")
+    fom_min: float = key("smallest FoM of the tiles")
+    fom_max: float = key("largest FoM of the tiles")
+    n_patches: int = key("distinct patches of sky among the tiles")
+    fom_median_lo_16: float = key("16th percentile of the median, bootstrapped over patches")
+    fom_median_hi_84: float = key("84th percentile of it")
+
+
+@dataclass(frozen=True)
+class NPETraining:
+    """How the first member was trained."""
+
+    epochs: int = key("epochs of the training, until the last member had stopped")
+    best_epoch: int = key("epoch of the first member's best weights, from 0")
+    best_test_nll: float = key("its loss on the test split then [nats, normalised theta]")
+    stopped: str = key("what ended its training: `early stopping` or `max_epochs`")
+    n_train_tiles: int = key("tiles that it learnt from")
+    n_test_tiles: int = key("tiles of the test split")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The Gaussian with the moments of the members' mixture, tile by tile."""
+
+    fom_fiducial_median: float = key("its median FoM")
+    fom_fiducial_all: list[float] = key("its FoM of each tile")
+    mu: list[list[float]] = key("its mean for each tile")
+    cov: list[list[list[float]]] = key("its covariance for each tile")
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """How far posteriors of the fiducial tiles differ that were learnt independently."""
+
+    n_members: int = key("posteriors that are compared: the members of this run")
+    fom_fiducial_medians: list[float] = key("median FoM of each")
+    fom_fiducial_medians_std: float | None = key("their sample standard deviation; null for one member")
+    mixture: Mixture = key("the Gaussian with the moments of their mixture")
+    worst_divergence_nats: float = key("largest mean KL divergence between two of them [nats]")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Is the posterior as wide as it should be? Every error is a bootstrap over simulations, whose tiles share theta.
+
+    d2 is the squared Mahalanobis distance of the truth; chi^2 with one degree of freedom per parameter if calibrated.
+    """
+
+    tiles: str = key("the tiles that it was checked on")
+    optimistic: bool = key("whether these tiles also stopped the training")
+    verdict: str = key("`calibrated`, `over-confident` or `under-confident`: off by three errors or more")
+    n_tiles: int = key("number of tiles")
+    n_sims: int = key("number of their simulations")
+    theta: list[str] = key("names of the parameters")
+    z_mean: list[float] = key("mean of (mu - theta)/σ, per parameter; 0 if calibrated")
+    z_mean_err: list[float] = key("its error")
+    z_std: list[float] = key("scatter of (mu - theta)/σ, per parameter; 1 if calibrated")
+    z_std_err: list[float] = key("its error")
+    chi2_per_dof: float = key(
+        "mean squared Mahalanobis distance per parameter; 1 if calibrated, above 1 if the posteriors are too narrow"
+    )
+    chi2_per_dof_err: float = key("its error")
+    fom_rescaled: float = key("the FoM if all covariances were chi2_per_dof times as large")
+    levels: list[float] = key("credibility levels of the coverage")
+    coverage: list[float] = key("share of tiles whose truth lies inside the credible region of each level")
+    coverage_lo_16: list[float] = key("16th percentile of the coverage")
+    coverage_hi_84: list[float] = key("84th percentile of the coverage")
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far summaries move, per parameter, in units of each tile's posterior σ."""
+
+    rms: list[float] = key("root mean square over tiles and draws, per parameter")
+    mean: list[float] = key("mean over tiles and draws, per parameter")
+
+
+@dataclass(frozen=True)
+class CompressorUsed:
+    """The compressor that stage 2 has used."""
+
+    sha256: str = key("hash of its checkpoint")
+    val_mse: float = key("its validation loss")
+    epoch: int = key("epoch of its weights")
+    config: dict[str, Any] = key("every option of stage 1")
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The runs of one lmax, which differ in their seeds."""
+
+    lmax: int = key("largest multipole")
+    n_seeds: int = key("runs that succeeded")
+    fom: float = key("mean over seeds of the median FoM")
+    std_over_seeds: float | None = key("sample standard deviation over seeds; null for one seed")
+    std_over_tiles: float | None = key("mean over seeds of the tile-to-tile scatter; null for one tile")
+    chi2_per_dof: float = key("mean over seeds of the calibration's chi2_per_dof")
+    mixture_fom: float = key("median FoM of the mixture of the runs' posteriors, tile by tile")
+    worst_divergence_nats: float = key("largest mean KL divergence between two runs [nats]")
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The content of fom_vs_lmax.json."""
+
+    noise_level: str = key("shape noise of the tiles")
+    curve: list[CurvePoint] = key("one entry per lmax")
+    points: list[dict[str, Any]] = key(
+        "one entry per run: `lmax`, `seed`, `tag`, and `fom_fiducial_median`, `fom_fiducial_std`, `fom_test_median`, "
+        "`chi2_per_dof`; or `error`"
+    )
+    failed: list[str] = key("tags of the runs that failed")
+    folder: str = key("folder of the sweep")
+    versions: dict[str, str] = key("commit of this code, Python and the packages")
+
+
+@dataclass(frozen=True)
+class FomResult:
+    """The content of fom_result.json."""
+
+    lmax: int = key("largest multipole of the tiles")
+    noise_level: str = key("shape noise of the tiles")
+    fom_fiducial_median: float = key(
+        "**the number**: median FoM of (Omega_m, S8) over the fiducial simulation's tiles, marginalised over the rest"
+    )
+    fom_fiducial_std: float | None = key("tile-to-tile scatter (sample standard deviation; null for one tile)")
+    fom_fiducial_all: list[float] = key("FoM of each tile")
+    fom_test_median: float = key("median FoM over the test split, whose cosmologies are spread over the prior")
+    fom_test_lo_16: float = key("16th percentile of that median, bootstrapped over simulations")
+    fom_test_hi_84: float = key("84th percentile of it")
+    compressor_checkpoint: str = key("`{tag}/best.ckpt` of stage 1")
+    fiducial: FiducialTiles = key("the posteriors of the fiducial tiles")
+    npe: NPETraining = key("the training")
+    ensemble: Ensemble = key("the members, which differ in their initial weights, see [spread](calibration.md#spread)")
+    calibration: Calibration = key("is the posterior as wide as it should be? See [calibration](calibration.md)")
+    augmentation_shift_in_sigma: dict[str, Shift] = key(
+        "how far `turns` and flips, `rolls`, and both (`all`) move the summaries of the test split"
+    )
+    audit: Audit = key("what the splits share, and more, see [leakage](leakage.md)")
+    compressor: CompressorUsed = key("the compressor")
+    reference_sha256: str = key("hash of reference.npz")
+    manifest_sha256: str = key("hash of split_manifest.json")
+    fingerprints: dict[str, str | None] = key(
+        "SHA-256 of the data: `tiles`, `noiseless_tiles`, `calibration_tiles`; null if not given"
+    )
+    folder: str = key("folder of the run")
+    elapsed_s: float = key("seconds of training, over all interruptions")
+    device: str = key("hardware")
+    precision: str = key("of the compressor's arithmetic: float32 or bfloat16")
+    versions: dict[str, str] = key(
+        "`commit` of this code (with `+changes` if a tracked file differs), Python and the packages"
+    )
+    config: dict[str, Any] = key("every option")
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the inferred parameters."""
+        return tuple(self.fiducial.theta)
+
+    @property
+    def posterior(self) -> Posterior:
+        """Of the fiducial tiles."""
+        posterior = posterior_of_moments(self.params, np.array(self.fiducial.mu), np.array(self.fiducial.cov))
+        two = len(self.params) == len(FOM_PARAMS)  # then the FoM is the inverse volume, as it was before rounding
+        return replace(posterior, inverse_volume=np.array(self.fom_fiducial_all)) if two else posterior
+
+
+def read_fom_result(folder: Path) -> FomResult:
+    """The result of a stage-2 run.
+
+    Raises:
+        UserError: there is none, it was changed, or another version wrote it.
+    """
+    return read_result(folder / RESULT_NAME, FomResult, "stage 2")
