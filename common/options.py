@@ -139,21 +139,6 @@ def _shown(value: Any) -> str:
     return text[:12] if SHA256.fullmatch(text) else text
 
 
-def lmax_list(text: str) -> list[int]:
-    """The multipoles of a list with commas, smallest first.
-
-    Raises:
-        UserError: it is no such list.
-    """
-    try:
-        values = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise UserError(f"--lmax {text!r} is not a list like 200,400,600") from None
-    if values[0] <= 0:
-        raise UserError(f"--lmax is {values[0]}; it must be positive")
-    return values
-
-
 def flag_of(name: str) -> str:
     """An option as the command line has it."""
     return "--" + name.replace("_", "-")

@@ -11,7 +11,6 @@ import torch
 from common.artifacts import compressor_folder, make_empty_folder, named_folder, refuse_finished_run, tiles_folder
 from common.device import name_of_dtype, pick_device
 from common.errors import warn
-from common.figures import draw_loss_curves
 from common.lock import exclusive
 from common.progress import METRICS_NAME
 from common.results import write_result
@@ -20,7 +19,7 @@ from compress.config import CompressorConfig
 from compress.evaluate import CompressorEvaluation, evaluate_compressor
 from compress.memory import bytes_of_a_step
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, pick_precision
-from compress.pictures import draw_predictions
+from compress.pictures import draw_loss_curves, draw_predictions
 from compress.result import RESULT_NAME, CompressorResult
 from compress.train import train
 from data.module import SplitTiles, TileDataModule

@@ -18,10 +18,10 @@ from common.early_stopping import EarlyStopping
 from common.errors import UserError
 from common.progress import Progress
 from common.resume import LastCheckpoint, Part, Position
-from common.schedule import ema_decay_at, lr_at
 from compress.config import CompressorConfig
 from compress.evaluate import mean_squared_error, renew_batch_norm
 from compress.model import FieldLevelCompressor, save_compressor
+from compress.schedule import ema_decay_at, lr_at
 from data.module import SplitTiles
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from common.errors import UserError
 from common.options import ResultsOptions, option
 
 NoiseLevel = Literal["noiseless", "des_y3", "lsst_y10", "des_y3_survey", "lsst_y10_survey"]
@@ -71,3 +72,18 @@ class FetchConfig(ResultsOptions):
     def configuration(self) -> str:
         """Name of its folder on the hub."""
         return f"lmax_{self.lmax}_{self.noise_level}"
+
+
+def lmax_list(text: str) -> list[int]:
+    """The multipoles of a list with commas, smallest first.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise UserError(f"--lmax {text!r} is not a list like 200,400,600") from None
+    if values[0] <= 0:
+        raise UserError(f"--lmax is {values[0]}; it must be positive")
+    return values

@@ -9,9 +9,9 @@ from typing import Any
 
 from common.errors import UserError
 from common.machine import Device
-from common.options import Config, ResultsOptions, flag_of, lmax_list, option, parse_args
+from common.options import Config, ResultsOptions, flag_of, option, parse_args
 from compress.config import CompressorConfig, TrainingOptions
-from data.config import NoiseLevel
+from data.config import NoiseLevel, lmax_list
 
 
 @dataclass(frozen=True, kw_only=True)

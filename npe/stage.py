@@ -19,13 +19,13 @@ from common.artifacts import (
 )
 from common.device import name_of_dtype, pick_device, seeded_generator
 from common.errors import UserError, warn
-from common.figures import draw_loss_curves
 from common.lock import exclusive
 from common.progress import METRICS_NAME
 from common.results import write_result
 from common.resume import LastCheckpoint
 from compress.memory import bytes_of_a_step
 from compress.model import TrainedCompressor, load_compressor
+from compress.pictures import draw_loss_curves
 from data.cache import read_tiles_through_cache
 from data.module import SplitTiles, TileDataModule
 from data.norm_stats import NORM_STATS_NAME, read_norm_stats

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.errors import UserError
-from common.options import SeedOptions, lmax_list, option
-from data.config import NoiseLevel
+from common.options import SeedOptions, option
+from data.config import NoiseLevel, lmax_list
 
 SkyGeometry = Literal["disjoint", "published"]
 Ordering = Literal["auto", "RING", "NEST"]
