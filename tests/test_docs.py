@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import GUARD_S, ROOT
+from test_layers import imports_of
 
 from common.options import parse_args
 from compress.config import CompressorConfig
@@ -238,6 +239,20 @@ def test_the_readme_stays_short() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
     assert len(text.split()) <= 2000
+
+
+def test_the_picture_of_the_imports_is_true() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    arrows = re.findall(r"^ +(npe|compress|data)_(\w+) --> (npe|compress|data)_(\w+)$", text, flags=re.MULTILINE)
+    assert len(arrows) > 40
+    for layer, name, other_layer, other in arrows:
+        folder = ROOT / layer / name
+        names = set().union(*map(imports_of, folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]))
+        assert any(found.startswith(f"{other_layer}.{other}.") for found in names), f"{layer}/{name} has no {other}"
+    for layer in ("npe", "compress", "data"):
+        for path in (ROOT / layer).glob("*.py"):
+            if path.stem not in ("__init__", "config", "schema"):
+                assert f'{layer}_{path.stem}["' in text, f"docs/architecture.md does not show {layer}/{path.name}"
 
 
 def leaves_of(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
