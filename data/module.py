@@ -52,6 +52,11 @@ class SplitTiles:
     test_ds: TileDataset
     fiducial_ds: TileDataset
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """What checkpoints carry of the split and the normalisation."""
+        return {"manifest_sha256": self.manifest.sha256, "norm_stats_sha256": self.norm_stats.sha256}
+
 
 @dataclass(frozen=True)
 class TileDataModule:

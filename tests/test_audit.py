@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_LMAX, SMALL_SUITE, make_tiles, write_tiles
+from data.shards import METADATA_KEY, ORIENTATIONS_KEY, Tiles, open_shard, read_orientations, read_tiles
 
 import data.audit
 from common.errors import UserError
@@ -20,7 +21,6 @@ from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.moments import moments_of
 from data.schema import PARAM_NAMES
-from data.shards import METADATA_KEY, ORIENTATIONS_KEY, Tiles, open_shard, read_orientations, read_tiles
 from data.sky import ORIENTATIONS, Orientations, covered_patches, overlap_matrix
 from data.sphere.harmonics import noise_alm
 from data.sphere.tiles import tiles_of_alm

@@ -23,8 +23,8 @@ from common.errors import UserError, exit_on_user_error
 from common.figures import figure
 from common.interrupt import Interrupted, listening
 from common.options import parse_args, with_signature_of
-from compress.schedule import lr_at
 from compress.config import CompressorConfig
+from compress.schedule import lr_at
 from data.config import CheckConfig
 from data.mock.config import MockConfig
 from npe.config import NPEConfig

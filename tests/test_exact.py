@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from data.shards import read_orientations, read_tiles
 from scipy.stats import gamma, kstest, norm
 
 from common.errors import UserError
@@ -21,7 +22,6 @@ from data.mock.flat import flat_tiles, modes_of, powers_of
 from data.mock.suite import build_suite
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, cl_matrix, theory_cl_at
 from data.schema import noise_cl
-from data.shards import read_orientations, read_tiles
 
 FIDUCIAL_COSMO = np.array([FIDUCIAL[name] for name in COSMO_NAMES])
 LMAX, NSIDE, NOISE_LEVEL = 60, 24, "des_y3"  # few modes: broad posteriors that feel the prior and are not Gaussian

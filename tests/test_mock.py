@@ -11,6 +11,7 @@ import ducc0
 import numpy as np
 import pytest
 from conftest import SHARED_DATA, SMALL_LMAX, SMALL_SUITE
+from data.shards import read_tiles
 from scipy.special import sph_harm_y
 from scipy.stats import kstest
 
@@ -21,7 +22,6 @@ from data.mock.fields import gaussian_cl_of_lognormal, hilbert_shift, signal_alm
 from data.mock.suite import FRESH_SEED_OFFSET, build_suite
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, theory_cl
 from data.schema import FACES, SURVEYS, noise_cl, nside_of
-from data.shards import read_tiles
 from data.sky import ORIENTATIONS, equatorial_face, rotation, tile_centres, tiles_at
 from data.sphere.harmonics import ell_of_alm, noise_alm
 from data.sphere.tiles import tiles_of_alm

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SMALL_LMAX
+from data.shards import read_tiles
 from npe.likeness import N_BANDS, TESTS, Likeness, Reference, spectra_of
 
 from common.device import pick_precision
@@ -24,7 +25,6 @@ from compress.train import train_compressor
 from data.config import NoiseLevel
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
-from data.shards import read_tiles
 from npe.config import NPEConfig, PredictConfig
 from npe.predict import predict_tiles
 from npe.train import train_npe
