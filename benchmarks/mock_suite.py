@@ -22,12 +22,13 @@ import torch
 
 from benchmarks.measure import ROUNDS, Row, in_turns, report, seconds
 from common.machine import usable_cores
-from common.workers import in_order, worker_pool
 from data.mock.config import MockConfig
 from data.mock.fields import band_of
+from data.mock.nz import N_BINS
 from data.mock.suite import build_suite
-from data.schema import N_BINS, nside_of
+from data.schema import nside_of
 from data.sphere.tiles import tiles_of_alm
+from data.workers import in_order, worker_pool
 
 LMAX = 200
 

@@ -17,27 +17,27 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import pyccl
+from data.shards import Tiles
+from npe.likeness import REFERENCE_NAME, WARN_BELOW, Likeness, load_reference, look_at
 
 from benchmarks.measure import header
 from common.artifacts import read_sealed, write_json
 from common.device import pick_device
 from common.machine import usable_cores
 from common.progress import Progress
-from common.workers import in_order, worker_pool
 from compress.model import load_compressor
 from data.mock.cosmology import design, params_of
 from data.mock.fields import band_of, lognormal_alm
 from data.mock.make_theory_table import ELL, ccl_universe
-from data.mock.nz import nz_of_bins
+from data.mock.nz import N_BINS, nz_of_bins
 from data.mock.theory import BIN_PAIRS, theory_cl
 from data.module import whole_dataset
 from data.norm_stats import read_norm_stats
 from data.schema import nside_of, tile_keys
-from data.shards import Tiles
 from data.sphere.harmonics import noise_alm
 from data.sphere.tiles import tiles_of_alm
+from data.workers import in_order, worker_pool
 from npe.compressed import CompressedTileDataset
-from npe.likeness import REFERENCE_NAME, WARN_BELOW, Likeness, load_reference, look_at
 
 N_SIMS, SEED, FIRST_ID = 84, 987_654_321, 2_000_000  # sim_ids, and so skies, that no suite has
 NOISE_FACTOR, STRIPES, DELTA_Z = 1.2, 0.5, 0.1
@@ -69,7 +69,7 @@ def tiles_of(job: tuple[int, np.ndarray, int, str, str]) -> dict[str, np.ndarray
     alms = {
         "signal": lognormal_alm(cl, lmax, np.random.default_rng([SEED, sim_id, 0])),
         "moved": lognormal_alm(cl * ratio, lmax, np.random.default_rng([SEED, sim_id, 0])),
-        "noise": noise_alm(noise_level, lmax, np.random.default_rng([SEED, sim_id, 1])),
+        "noise": noise_alm(noise_level, N_BINS, lmax, np.random.default_rng([SEED, sim_id, 1])),
     }
     return {name: tiles_of_alm(alm, lmax, nside_of(lmax), geometry) for name, alm in alms.items()}
 

@@ -20,10 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from data.shards import open_shard
 
 from benchmarks.measure import ROUNDS, Row, in_turns, report
 from data.schema import N_BINS, PARAM_NAMES, TILES_PER_SIM
-from data.shards import open_shard
 
 LMAX, NSIDE, LEVEL, BATCH = 1000, 512, "des_y3", 8
 FEEDS: tuple[TilesOn, ...] = ("resident", "stream")

@@ -41,8 +41,8 @@ def option(
     Args:
         default: dataclasses.MISSING if it must be given.
         help: the one sentence that --help shows.
-        path: it names a file or folder, which on Modal lies on the Volume.
-        may_change: an interrupted run may resume with another value: it says where files lie, or touches no result.
+        path: it names a file or folder, which on Modal lies on the Volume. It may change, like the next.
+        may_change: an interrupted run may resume with another value, because it touches no result.
         in_tag: it makes the run another, so that any value but the default stands in the run's name.
         plain_name: it becomes the name of a folder.
         above, at_least, below: bounds of a number.
@@ -90,12 +90,7 @@ class SeedOptions(ResultsOptions):
 class ResumableOptions(SeedOptions):
     """Options of a training, which resumes where it was interrupted."""
 
-    checkpoint_seconds: float = option(
-        60.0,
-        "save last.ckpt at most so often; a killed run resumes from it with the same command",
-        may_change=True,
-        at_least=0,
-    )
+    checkpoint_seconds: float = option(60.0, "seconds between savings of last.ckpt", may_change=True, at_least=0)
 
 
 Config = TypeVar("Config", bound=ResultsOptions)
@@ -121,7 +116,7 @@ def identity(config_class: type[ResultsOptions], options: dict[str, Any]) -> dic
     return {
         field.name: options.get(field.name, field.default)
         for field in dataclasses.fields(config_class)
-        if not field.metadata["may_change"]
+        if not (field.metadata["path"] or field.metadata["may_change"])
     }
 
 

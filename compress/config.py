@@ -15,15 +15,8 @@ Backbone = Literal["efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "t
 
 # Named sets of options for --recipe; the defaults below are the mission's recipe. docs/recipes.md has the evidence.
 RECIPES: dict[str, dict[str, Any]] = {
-    "laptop": {
-        "backbone": "tiny",
-        "max_epochs": 20,
-        "warmup_steps": 100,
-        "decay_epochs": 5,
-        "decay_factor": 0.6,
-        "ema_decay": 0.99,
-        "norm_tiles": 1024,
-    },
+    "laptop": {"backbone": "tiny", "max_epochs": 20, "warmup_steps": 100, "decay_epochs": 5, "decay_factor": 0.6}
+    | {"ema_decay": 0.99, "norm_tiles": 1024},
 }
 
 
@@ -32,22 +25,12 @@ class TrainingOptions(TilesDirOptions, ResumableOptions):
     """What a training computes with."""
 
     device: Device = option("auto", "auto takes cuda, then mps, then cpu")
-    precision: Precision = option(
-        "auto",
-        "autocast of the compressor; auto: bf16 on a GPU that computes in it, and for efficientnet_v2_s on such a CPU, "
-        "else float32, without TF32",
-    )
+    precision: Precision = option("auto", "of the compressor; auto: bf16 where it is faster, else float32, never TF32")
     noiseless_tiles: str = option(
-        "",
-        "folder of the same tiles without noise; every training tile is then its signal with another tile's noise "
-        "(stage 2: default as stage 1)",
-        path=True,
-        may_change=True,
+        "", "folder of the same tiles without noise, to exchange the noise of tiles", path=True
     )
     tiles_on: TilesOn = option(
-        "auto",
-        "tiles are held on the device, or read from the disk batch by batch; auto holds them if they fit",
-        may_change=True,
+        "auto", "hold tiles on the device, or read them from disk; auto: if they fit", may_change=True
     )
 
 
@@ -55,17 +38,9 @@ class TrainingOptions(TilesDirOptions, ResumableOptions):
 class CompressorConfig(SplitOptions, TrainingOptions):
     """Stage 1: train the field-level compressor, an EfficientNet that learns normalised theta from a tile."""
 
-    recipe: str = option(
-        "", "named set of options, which single options override: " + ", ".join(RECIPES), may_change=True,
-        recipes=RECIPES,
-    )  # fmt: skip
-    params: str = option(
-        ",".join(FOM_PARAMS), "parameters to infer, with commas between them; each is a column of the shards",
-        in_tag=True,
-    )  # fmt: skip
-    backbone: Backbone = option(
-        "efficientnet_v2_s", "network; tiny is for laptops and tests, power sees power spectra alone"
-    )
+    recipe: str = option("", "named set of options, which single options override", may_change=True, recipes=RECIPES)
+    params: str = option(",".join(FOM_PARAMS), "parameters to infer, columns of the shards", in_tag=True)
+    backbone: Backbone = option("efficientnet_v2_s", "network; tiny for laptops, power sees power spectra alone")
     max_epochs: int = option(500, "train at most so many epochs", above=0)
     batch_size: int = option(128, "tiles per step", above=0)
     patience: int = option(50, "stop after so many epochs without a lower validation loss", above=0)
@@ -75,34 +50,24 @@ class CompressorConfig(SplitOptions, TrainingOptions):
     decay_factor: float = option(0.85, "the learning rate is multiplied by this ...", above=0)
     decay_epochs: int = option(20, "... every so many epochs", above=0)
     ema_decay: float = option(
-        0.0,
-        "keep an exponential moving average of the weights with this decay per step, and validate and save it (0: off)",
-        at_least=0,
-        below=1,
+        0.0, "validate and save a moving average of the weights with this decay per step (0: off)", at_least=0, below=1
     )
     norm_tiles: int = option(
-        0,
-        "before every validation, take the BatchNorm statistics afresh from so many training tiles as they are, not "
-        "turned and rolled (0: keep the running ones)",
-        at_least=0,
+        0, "training tiles, not augmented, for BatchNorm statistics at each validation (0: running ones)", at_least=0
     )
-    theta_noise: float = option(
-        0.005, "standard deviation of Gaussian noise on the normalised theta while training", at_least=0
-    )
+    theta_noise: float = option(0.005, "Gaussian noise on the normalised theta while training", at_least=0)
     tag: str = option(
-        "",
-        "name of the run (default: field_mse_lmax{lmax}_{noise-level}_{backbone})",
-        may_change=True,
-        plain_name=True,
+        "", "name of the run (default: from lmax, noise level, backbone)", may_change=True, plain_name=True
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := [name for name in self.theta_names if name not in PARAM_NAMES]:
+        names = self.theta_names
+        if unknown := [name for name in names if name not in PARAM_NAMES]:
             raise UserError(f"--params {unknown[0]!r} is none of {', '.join(PARAM_NAMES)}")
-        if missing := [name for name in FOM_PARAMS if name not in self.theta_names]:
+        if missing := [name for name in FOM_PARAMS if name not in names]:
             raise UserError(f"--params {self.params!r} lacks {missing[0]}; the FoM is that of {', '.join(FOM_PARAMS)}")
-        if len(set(self.theta_names)) < len(self.theta_names):
+        if len(set(names)) < len(names):
             raise UserError(f"--params {self.params!r} names a parameter twice; leave one out")
 
     @property

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data.dataset import TileDataset
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from common.figures import BLUE, GREY, ORANGE, figure
 from common.progress import read_metrics
+from data.dataset import TileDataset
 from data.norm_stats import NormStats
 from data.schema import label_of
 

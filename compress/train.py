@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from data.dataset import batches, n_batches, names_of_batch
 from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -22,6 +21,7 @@ from compress.config import CompressorConfig
 from compress.evaluate import mean_squared_error, renew_batch_norm
 from compress.model import FieldLevelCompressor, save_compressor
 from compress.schedule import ema_decay_at, lr_at
+from data.dataset import batches, n_batches, names_of_batch
 from data.module import SplitTiles
 
 

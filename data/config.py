@@ -21,11 +21,7 @@ class TilesDirOptions(ResultsOptions):
     """Where a command finds its tiles."""
 
     tiles_dir: str = option(
-        "",
-        "another folder of shard_*.parquet; {lmax} and {noise_level} in it stand for the run's (default: the one for "
-        "them below --results-dir)",
-        path=True,
-        may_change=True,
+        "", "folder of shard_*.parquet, may hold {lmax} and {noise_level} (default: below --results-dir)", path=True
     )
 
 
@@ -34,23 +30,18 @@ class TileOptions(TilesDirOptions):
     """Which tiles are meant; stage 2 has these from its checkpoint instead."""
 
     lmax: int = option(200, "largest multipole of the tiles", above=0)
-    nside: int = option(0, "pixels per side of a tile (0: those that belong to lmax, 128 at 200)", at_least=0)
-    noise_level: NoiseLevel = option(
-        "des_y3", "shape noise; des_y3 and lsst_y10 as published, *_survey at twice that power"
-    )
+    nside: int = option(0, "pixels per side of a tile (0: as lmax needs, 128 at 200)", at_least=0)
+    noise_level: NoiseLevel = option("des_y3", "shape noise as published, or *_survey at twice that power")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions(TileOptions):
     """How tiles are split and audited; stage 2 has these from stage 1."""
 
-    split_by: SplitBy = option("tile", "what is dealt out to the splits: single tiles, or whole simulations")
-    split_seed: int = option(42, "seed of the split; leave it, so that runs are comparable", at_least=0)
+    split_by: SplitBy = option("tile", "split single tiles, or whole simulations")
+    split_seed: int = option(42, "seed of the split; keep it, so that runs are comparable", at_least=0)
     fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "simulation held out of every split")
-    geometry: TileGeometry = option(
-        "auto",
-        "where the tiles lie, to find those that share sky; auto takes what the shards say, published ones nothing",
-    )
+    geometry: TileGeometry = option("auto", "where the tiles lie on the sky; auto: as the shards say")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class SplitTiles:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """What checkpoints carry of the split and the normalisation."""
+        """Of the split and the normalisation; best.ckpt has them, so that stage 2 finds out if one was exchanged."""
         return {"manifest_sha256": self.manifest.sha256, "norm_stats_sha256": self.norm_stats.sha256}
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-N_BINS = 4  # to be deleted once nothing imports it: the number of bins is that of the shards
+from common.errors import UserError
+
 N_ORIENTATIONS = 3  # rotations of the sky per simulation
 FACES = (4, 5, 6, 7)  # the equatorial HEALPix base faces; tile_id counts them from 0
 TILES_PER_SIM = N_ORIENTATIONS * len(FACES)
@@ -68,10 +69,10 @@ def s8_of(sigma_8: np.ndarray, omega_m: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Survey:
-    """Source galaxies per bin: effective density [arcmin^-2] and ellipticity dispersion per component."""
+    """Source galaxies of each bin: effective density [arcmin^-2] and ellipticity dispersion per component."""
 
-    n_eff: tuple[float, float, float, float]
-    sigma_e: tuple[float, float, float, float]
+    n_eff: tuple[float, ...]
+    sigma_e: tuple[float, ...]
 
 
 SURVEYS = {
@@ -84,15 +85,23 @@ ARCMIN2_PER_STERADIAN = (180.0 * 60.0 / np.pi) ** 2
 NOISELESS = "noiseless"
 
 
-def noise_cl(noise_level: str) -> np.ndarray:
-    """Flat noise spectrum N_ell of the convergence in each bin, shape (4,), in steradian.
+def noise_cl(noise_level: str, n_bins: int) -> np.ndarray:
+    """Flat noise spectrum N_ell of the convergence in each bin, shape (n_bins,), in steradian.
 
-    `des_y3` and `lsst_y10` follow the published tiles, N_ell = sigma_e^2 / (2 n_eff). With `_survey`
-    behind the name it is twice that, N_ell = sigma_e^2 / n_eff: the noise of a convergence map made
-    from shear whose dispersion per component is sigma_e. `noiseless` is zero.
+    `des_y3` and `lsst_y10` follow the published tiles, N_ell = sigma_e^2 / (2 n_eff). With the suffix `_survey` it is
+    twice that, N_ell = sigma_e^2 / n_eff: the noise of a convergence map made from shear whose dispersion per component
+    is sigma_e. `noiseless` is zero.
+
+    Raises:
+        UserError: the survey has another number of bins.
     """
     if noise_level == NOISELESS:
-        return np.zeros(N_BINS)
+        return np.zeros(n_bins)
     survey = SURVEYS[noise_level.removesuffix("_survey")]
+    if len(survey.n_eff) != n_bins:
+        raise UserError(
+            f"--noise-level {noise_level} has {len(survey.n_eff)} bins, but the tiles have {n_bins}; add a survey to "
+            "SURVEYS in data/schema.py, or choose noiseless"
+        )
     power = np.square(survey.sigma_e) / (np.array(survey.n_eff) * ARCMIN2_PER_STERADIAN)
     return power if noise_level.endswith("_survey") else power / 2

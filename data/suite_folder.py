@@ -1,31 +1,43 @@
-"""The folder of a suite that is being made: which shards are finished, and what --restart does."""
+"""The folder of a suite of tiles: what its shards say, which are finished, what --restart deletes, and its picture."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from common.artifacts import CannotWriteError
 from common.errors import UserError
 from common.options import difference
 from data.cache import FOLDER as CACHE
-from data.shard_metadata import description_of
+from data.pictures import draw_suite
+from data.schema import FOM_PARAMS, columns_of
+from data.shard_metadata import ORIENTATIONS_KEY, description_of
+from data.sky import ORIENTATIONS
 
-RESTARTING = "restarting"  # the file says that --restart has deleted what was there
+RESTARTING = "restarting"  # a file in the folder, from the moment --restart has emptied it until the suite is finished
+
+
+def describe(geometry: str, options: dict[str, Any]) -> str:
+    """The JSON text in every shard of a suite: the options that determine its tiles, and where they lie on the sky."""
+    orientations = ORIENTATIONS.get(geometry)  # a flat tile has none
+    return json.dumps({"geometry": geometry, **options, ORIENTATIONS_KEY: orientations}, sort_keys=True)
 
 
 def finished_shards(folder: Path, description: str, restart: bool) -> set[Path]:
-    """Shards of this very suite that are there already; with --restart a suite that is there is deleted first.
+    """The shards of this suite that are in its folder; with --restart, they are deleted first.
 
-    Once, that is: when that command is killed, it goes on like any other.
+    A command with --restart that is killed resumes when it is given again, instead of deleting its own shards.
 
     Args:
-        folder: of the shards; it is made.
-        description: the JSON text that every shard of the suite carries.
+        folder: created if it does not exist.
+        description: what `describe` says of the suite.
         restart: whether --restart was given.
 
     Raises:
-        UserError: the folder has shards that no command of ours wrote, or those of a suite with other options.
+        UserError: the folder has shards that this project did not write, or shards of a suite with other options.
     """
     found = {path: description_of(path) for path in sorted(folder.glob("shard_*.parquet"))}
     for path, other in found.items():
@@ -50,6 +62,15 @@ def finished_shards(folder: Path, description: str, restart: bool) -> set[Path]:
     return set(found)
 
 
-def end_restart(folder: Path) -> None:
-    """The suite is finished: another --restart deletes it again."""
+def finish_suite(folder: Path, params: np.ndarray, fiducial: np.ndarray | None) -> None:
+    """Draw suite.png; from now on --restart deletes the suite.
+
+    Args:
+        folder: of the shards; the picture shows the first tile of the first.
+        params: of every simulation, (n_sims, 8) in the order of PARAM_NAMES.
+        fiducial: (8,), if there is one.
+    """
+    theta = columns_of(params, FOM_PARAMS)  # (n_sims, 2)
+    star = None if fiducial is None else columns_of(fiducial, FOM_PARAMS)  # (2,)
+    draw_suite(min(folder.glob("shard_*.parquet")), theta, star, folder / "suite.png")
     (folder / RESTARTING).unlink(missing_ok=True)

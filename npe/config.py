@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 from common.errors import UserError
@@ -18,21 +17,9 @@ from data.config import NoiseLevel, lmax_list
 class NPEConfig(TrainingOptions):
     """Stage 2: learn the posterior from the frozen compressor's summaries; the Figure of Merit at the fiducial."""
 
-    ckpt: str = option(
-        dataclasses.MISSING,
-        "best.ckpt of a stage-1 run; its split and normalisation are read from beside it",
-        path=True,
-        may_change=True,
-    )
-    results_dir: str = option(
-        "", "folder to read from and write to (default: the one that --ckpt lies in)", may_change=True
-    )
-    tiles_dir: str = option(
-        "",
-        "another folder of shard_*.parquet (default: the tiles that stage 1 was trained on)",
-        path=True,
-        may_change=True,
-    )
+    ckpt: str = option(MISSING, "best.ckpt of a stage-1 run; its split and normalisation lie beside it", path=True)
+    results_dir: str = option("", "folder to write to (default: the one that --ckpt lies in)", may_change=True)
+    tiles_dir: str = option("", "another folder of tiles (default: as stage 1)", path=True)
     lmax: int | None = option(None, "checked against the checkpoint if given")
     noise_level: str | None = option(None, "checked against the checkpoint if given")
     max_epochs: int = option(500, "train at most so many epochs", above=0)
@@ -40,15 +27,8 @@ class NPEConfig(TrainingOptions):
     patience: int = option(30, "stop after so many epochs without a lower loss on the test split", above=0)
     learning_rate: float = option(1e-3, "learning rate of AdamW", above=0)
     weight_decay: float = option(1e-5, "weight decay of AdamW", at_least=0)
-    n_members: int = option(
-        5, "NPEs with other initial weights on the same batches; the FoM is that of the first", above=0
-    )
-    calibration_tiles: str = option(
-        "",
-        "folder of independent simulations to check the posterior on (run_mock.py --fresh); else the test split",
-        path=True,
-        may_change=True,
-    )
+    n_members: int = option(5, "NPEs with other initial weights; the FoM is that of the first", above=0)
+    calibration_tiles: str = option("", "fresh simulations to check the posterior on; else the test split", path=True)
     tag: str = option("", "name of the run (default: that of the stage-1 run)", may_change=True, plain_name=True)
 
 
@@ -115,12 +95,8 @@ class SweepRun:
 class PredictConfig(ResultsOptions):
     """Answer single tiles with a finished stage-2 run: posterior, samples, and an out-of-distribution check."""
 
-    run: str = option(dataclasses.MISSING, "folder of a finished stage-2 run", path=True)
-    tiles: str = option(
-        dataclasses.MISSING,
-        "shard_*.parquet, or .npy of shape (bins, N, N) or (n, bins, N, N): whole tiles without a mask",
-        path=True,
-    )
+    run: str = option(MISSING, "folder of a finished stage-2 run", path=True)
+    tiles: str = option(MISSING, "shard_*.parquet, or .npy (bins, N, N) or (n, bins, N, N), without a mask", path=True)
     results_dir: str = option("", "folder to write to (default: predictions/ in the run's)")
     n_samples: int = option(10_000, "samples of each posterior, for GetDist (0: none)", at_least=0)
     seed: int = option(42, "seed of the samples", at_least=0)

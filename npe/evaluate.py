@@ -6,17 +6,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from data.dataset import whole_dataset
-from data.tiles import Tiles
 
 from common.device import describe_device, name_of_dtype, seeded_generator
 from common.early_stopping import EarlyStopping
 from common.resume import LastCheckpoint
 from common.versions import versions
 from compress.model import TrainedCompressor
+from data.dataset import whole_dataset
 from data.module import SplitTiles
 from data.schema import columns_of
 from data.split import fingerprint_of
+from data.tiles import Tiles
 from npe.calibration import calibrate, squared_distances
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all
 from npe.config import NPEConfig
@@ -129,8 +129,8 @@ def _calibration(
         posterior, name, rows = test, "the test split", data.test_ds.rows.numpy()
         theta, sim_id = data.theta[rows], data.tiles.keys[rows, 0]
     else:
-        place = {"device": data.test_ds.device, "dtype": trained.compressor.model.dtype, "tiles_on": config.tiles_on}
-        dataset = whole_dataset(fresh, data.params, data.norm_stats, **place)
+        device, dtype = data.test_ds.device, trained.compressor.model.dtype
+        dataset = whole_dataset(fresh, data.params, data.norm_stats, device, dtype, config.tiles_on)
         posterior = trained.posterior(trained.npe, CompressedTileDataset(dataset, trained.compressor.model))
         name, theta, sim_id = config.calibration_tiles, columns_of(fresh.params, data.params), fresh.keys[:, 0]
     calibration = calibrate(posterior, theta, sim_id, rng, fom=fom, tiles=name, optimistic=fresh is None)

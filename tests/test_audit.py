@@ -186,7 +186,7 @@ def test_a_scaled_a_noise_only_and_a_constant_tile_stand_out_and_no_other(larger
 
     assert outliers() == []
     tiles.kappa[100] *= 1.5
-    tiles.kappa[200] = tiles_of_alm(noise_alm("des_y3", 64, np.random.default_rng(0)), 64, 32, "disjoint")[0]
+    tiles.kappa[200] = tiles_of_alm(noise_alm("des_y3", 4, 64, np.random.default_rng(0)), 64, 32, "disjoint")[0]
     tiles.kappa[300, 2] = 0.0
     found = outliers()
     assert [o.key for o in found] == tiles.keys[[300, 200, 100]].tolist()

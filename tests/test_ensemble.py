@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from npe.combine import combine_runs
 from scipy.stats import multivariate_normal
-from test_npe import CPU, LinearGaussian, MeanCompressor, Splits
+from test_npe import CPU, TWO, MeanCompressor, Splits
 
-from common.artifacts import sealed, write_json
 from common.device import seeded_generator
-from common.errors import UserError
 from common.resume import LastCheckpoint
 from npe.compressed import CompressedTileDataModule
 from npe.config import NPEConfig
 from npe.ensemble import gaussian_kl, mixture, worst_divergence
-from npe.model import Posterior, load_npe
-from npe.train import fit
+from npe.model import Posterior, load_npe, posterior_of_moments
+from npe.sweep import combine_seeds
+from npe.train import train as train_npe
+
+PARAMS = ("Omega_m", "S8", "w")
 
 
 def posterior(mu: list[float], cov: list[list[float]]) -> Posterior:
-    return Posterior(np.array([mu]), np.array([cov]), 1 / np.sqrt(np.linalg.det(np.array([cov]))))
+    return posterior_of_moments(PARAMS[: len(mu)], np.array([mu]), np.array([cov]))
 
 
 ONE = posterior([0.30, 0.80], [[0.0009, -0.0004], [-0.0004, 0.0008]])
@@ -32,13 +34,12 @@ OTHER = posterior([0.33, 0.78], [[0.0012, -0.0007], [-0.0007, 0.0007]])
 
 def train(folder: Path, n_members: int) -> list[dict[str, torch.Tensor]]:
     folder.mkdir()
-    toy = LinearGaussian(np.array([[0.9, 0.2], [-0.3, 0.7]]), np.array([[0.10, 0.12], [0.12, 0.20]]))
-    splits = Splits(toy.draw(600, 1), toy.draw(100, 2), toy.draw(20, 3))
-    compressed = CompressedTileDataModule(splits, MeanCompressor(), seeded_generator(0, "augment"))  # type: ignore[arg-type]
+    splits, augment = Splits(TWO.draw(600, 1), TWO.draw(100, 2), TWO.draw(20, 3)), seeded_generator(0, "augment")
+    compressed = CompressedTileDataModule(splits, MeanCompressor(), augment)  # type: ignore[arg-type]
     # So little patience that members stop at different epochs.
     config = NPEConfig(ckpt="none", max_epochs=120, patience=3, learning_rate=1e-2, n_members=n_members)
-    fit(compressed, config, "none", LastCheckpoint(folder, {}, "npe_best.ckpt", CPU), CPU)
-    return [npe.state_dict() for npe in load_npe(folder / "npe_best.ckpt", CPU)]
+    train_npe(compressed, augment, 2, config, "none", LastCheckpoint(folder, config, {}, "npe_best.ckpt", CPU))
+    return [npe.state_dict() for npe in load_npe(folder / "npe_best.ckpt", 2, CPU)]
 
 
 def test_a_member_learns_the_same_alone_and_among_others(tmp_path: Path) -> None:
@@ -50,51 +51,51 @@ def test_a_member_learns_the_same_alone_and_among_others(tmp_path: Path) -> None
             assert not torch.equal(tensor, other[name]), name
 
 
-def test_mixture_and_divergence_agree_with_draws() -> None:
+THIRD = ([0.0012, 0.0003, 0.0400], -0.8), ([-0.0008, 0.0010, 0.0300], -0.7)
+
+
+def with_third(p: Posterior, row: list[float], mu: float) -> Posterior:
+    """The posterior with a third parameter that is correlated with the two."""
+    cov = np.pad(p.cov[0], (0, 1))
+    cov[2], cov[:, 2] = row, row
+    return posterior([*p.mu[0], mu], cov.tolist())
+
+
+@pytest.mark.parametrize("d", [2, 3])
+def test_mixture_and_divergence_agree_with_draws(d: int) -> None:
     rng = np.random.default_rng(0)
-    p, q = (multivariate_normal(x.mu[0], x.cov[0], seed=rng) for x in (ONE, OTHER))
+    one, other = (ONE, OTHER) if d == 2 else (with_third(p, *more) for p, more in zip((ONE, OTHER), THIRD, strict=True))
+    p, q = (multivariate_normal(x.mu[0], x.cov[0], seed=rng) for x in (one, other))
     draws = p.rvs(400_000)
-    assert gaussian_kl(ONE, OTHER)[0] == pytest.approx(np.mean(p.logpdf(draws) - q.logpdf(draws)), rel=0.01)
-    assert gaussian_kl(ONE, ONE)[0] == pytest.approx(0, abs=1e-12)
-    assert worst_divergence([ONE, OTHER]) == max(gaussian_kl(ONE, OTHER)[0], gaussian_kl(OTHER, ONE)[0])
+    assert gaussian_kl(one, other)[0] == pytest.approx(np.mean(p.logpdf(draws) - q.logpdf(draws)), rel=0.01)
+    assert gaussian_kl(one, one)[0] == pytest.approx(0, abs=1e-12)
+    assert worst_divergence([one, other]) == max(gaussian_kl(one, other)[0], gaussian_kl(other, one)[0])
 
     both = np.concatenate([draws, q.rvs(400_000)])
-    mixed = mixture([ONE, OTHER])
-    np.testing.assert_allclose(mixed.mu[0], both.mean(axis=0), atol=2e-4)
-    np.testing.assert_allclose(mixed.cov[0], np.cov(both.T), rtol=0.01)
-    assert mixed.fom[0] == pytest.approx(1 / np.sqrt(np.linalg.det(mixed.cov[0])))
-    assert mixed.fom[0] < min(ONE.fom[0], OTHER.fom[0])  # disagreement costs information
+    mixed = mixture([one, other])
+    np.testing.assert_allclose(mixed.mu[0], both.mean(axis=0), atol=2e-3 * one.sigma[0].max())
+    scale = np.outer(mixed.sigma[0], mixed.sigma[0])
+    np.testing.assert_allclose(mixed.cov[0] / scale, np.cov(both.T) / scale, atol=0.01)
+    # The third parameter is marginalised over: the FoM is that of the two alone.
+    assert one.fom[0] == pytest.approx(ONE.fom[0])
+    assert mixed.fom[0] == pytest.approx(1 / np.sqrt(np.linalg.det(mixed.cov[0][:2, :2])))
+    assert mixed.fom[0] < min(one.fom[0], other.fom[0])  # disagreement costs information
 
 
-def test_combining_runs_recovers_their_scatter_and_refuses_strangers(tmp_path: Path) -> None:
-    def run(name: str, seed: int, scale: float, **changed: object) -> Path:
-        mu, cov = [[0.3, 0.8]] * 3, (np.array([ONE.cov[0]] * 3) / scale).tolist()
-        fom = (1 / np.sqrt(np.linalg.det(cov))).tolist()
-        result = {
-            "lmax": 200,
-            "noise_level": "des_y3",
-            "manifest_sha256": "abc",
-            "compressor_checkpoint": f"{name}/best.ckpt",
-        }
-        result |= {"config": {"seed": seed}, "fiducial": {"mu": mu, "cov": cov}, "fom_fiducial_all": fom, **changed}
-        (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "fom_result.json", sealed(result))
-        return tmp_path / name
+def test_runs_of_other_seeds_are_combined_by_their_mean_scatter_and_mixture() -> None:
+    def run(scale: float) -> Any:
+        p = posterior_of_moments(PARAMS, np.tile(ONE.mu, (3, 1)), np.tile(ONE.cov, (3, 1, 1)) / scale)
+        return SimpleNamespace(
+            posterior=p,
+            fom_fiducial_median=float(np.median(p.fom)),
+            fom_fiducial_std=10 * scale,
+            calibration=SimpleNamespace(chi2_per_dof=scale),
+        )
 
-    runs = [run(f"seed_{i}", i, scale) for i, scale in enumerate((0.9, 1.0, 1.1))]
-    combined = combine_runs(runs)
-    assert combined["fom_fiducial_mean"] == pytest.approx(ONE.fom[0])
-    assert combined["fom_fiducial_std"] == pytest.approx(0.1 * ONE.fom[0])
+    row = combine_seeds(200, [run(scale) for scale in (0.9, 1.0, 1.1)])
+    assert row.fom == pytest.approx(ONE.fom[0])
+    assert row.std_over_seeds == pytest.approx(0.1 * ONE.fom[0])
+    assert (row.std_over_tiles, row.chi2_per_dof) == (pytest.approx(10), pytest.approx(1))
     # Equal means: the mixture's covariance is the mean of theirs.
-    assert combined["ensemble"]["mixture"]["fom_fiducial_median"] == pytest.approx(
-        ONE.fom[0] / np.mean([1 / 0.9, 1, 1 / 1.1])
-    )
-    for stranger, said in (
-        (run("other_split", 7, 1.0, manifest_sha256="def"), "manifest_sha256"),
-        (run("other_lmax", 8, 1.0, lmax=400), "lmax"),
-        (run("twin", 1, 1.0, compressor_checkpoint="seed_1/best.ckpt"), "twice"),
-    ):
-        with pytest.raises(UserError, match=said):
-            combine_runs([*runs, stranger])
-    with pytest.raises(UserError, match="two or more"):
-        combine_runs(runs[:1])
+    assert row.mixture_fom == pytest.approx(ONE.fom[0] / np.mean([1 / 0.9, 1, 1 / 1.1]))
+    assert combine_seeds(200, [run(1.0)]).std_over_seeds is None

@@ -9,7 +9,7 @@ from scipy.stats import gamma, kstest, norm
 
 from common.errors import UserError
 from data.mock.config import MockConfig
-from data.mock.cosmology import FIDUCIAL, held_fixed, prior_density, prior_quantile
+from data.mock.cosmology import FIDUCIAL_COSMO, held_fixed, prior_density, prior_quantile
 from data.mock.exact import (
     ExactPosterior,
     WeightedPoints,
@@ -19,11 +19,11 @@ from data.mock.exact import (
     log_likelihood,
 )
 from data.mock.flat import flat_tiles, modes_of, powers_of
+from data.mock.nz import N_BINS
 from data.mock.suite import build_suite
-from data.mock.theory import BIN_PAIRS, COSMO_NAMES, cl_matrix, theory_cl_at
+from data.mock.theory import BIN_PAIRS, cl_matrix, theory_cl_at
 from data.schema import noise_cl
 
-FIDUCIAL_COSMO = np.array([FIDUCIAL[name] for name in COSMO_NAMES])
 LMAX, NSIDE, NOISE_LEVEL = 60, 24, "des_y3"  # few modes: broad posteriors that feel the prior and are not Gaussian
 
 
@@ -41,7 +41,7 @@ def prior_cosmologies(n: int, seed: int) -> np.ndarray:
 
 def expected_powers(lmax: int, nside: int) -> np.ndarray:
     """C_ell + N_ell of the fiducial, (10, n_ell)."""
-    noise = np.array([noise_cl(NOISE_LEVEL)[i] if i == j else 0 for i, j in BIN_PAIRS])
+    noise = np.array([noise_cl(NOISE_LEVEL, N_BINS)[i] if i == j else 0 for i, j in BIN_PAIRS])
     return theory_cl_at(FIDUCIAL_COSMO, modes_of(lmax, nside).ell)[0] + noise[:, None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib
 import json
 import os
 import pickle
@@ -14,12 +15,10 @@ import sys
 import tarfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import healpy
@@ -39,16 +38,16 @@ from data.ingest.download import download
 from data.ingest.lightcone import BadSimulationError, project_lightcone
 from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
-from data.ingest.simulation import Job, alm_of_kappa
-from data.ingest.suite import plan, run_ingest
-from data.mock.cosmology import FIDUCIAL, design, params_of
-from data.mock.theory import BIN_PAIRS, COSMO_NAMES
+from data.ingest.simulation import Job, Outcome, alm_of_kappa
+from data.ingest.suite import ingest_side_by_side, plan, run_ingest
+from data.mock.cosmology import FIDUCIAL, FIDUCIAL_COSMO, design, params_of
+from data.mock.nz import nz_of_bins
+from data.mock.theory import BIN_PAIRS
 from data.schema import PARAM_NAMES, noise_cl
 from data.sky import ORIENTATIONS
 from data.sphere.harmonics import white_alm
 from data.sphere.pixel_window import pixel_window
 
-FIDUCIAL_COSMO = np.array([FIDUCIAL[name] for name in COSMO_NAMES])
 FIDUCIAL_PARAMS = params_of(FIDUCIAL_COSMO[None])[0]
 NSIDE, N_SKIES = 256, 3
 BANDS = (50, 80, 120, 180, 260, 360)
@@ -177,7 +176,7 @@ def test_pixel_window_is_what_averaging_over_pixels_does() -> None:
     rng = np.random.default_rng(0)
     ratio = []
     for _ in range(10):
-        for one in white_alm(lmax, rng):
+        for one in white_alm(4, lmax, rng):
             averaged = healpy.ud_grade(healpy.alm2map(one, fine, lmax=lmax), coarse)
             back = healpy.map2alm(averaged, lmax=lmax, iter=3)
             ratio.append(healpy.alm2cl(back, one) / healpy.alm2cl(one))
@@ -211,6 +210,10 @@ def config_of(suite: Path, results: Path, **options: Any) -> IngestConfig:
     return IngestConfig(**{name: str(value) if isinstance(value, Path) else value for name, value in given.items()})
 
 
+def made(config: IngestConfig) -> dict[str, Any]:
+    return run_ingest(plan(config))
+
+
 def tiles_in(results: Path, lmax: int = SMALL_LMAX, level: str = "noiseless") -> np.ndarray:
     return read_tiles(results / "tiles" / f"lmax_{lmax}_{level}", lmax, level).kappa
 
@@ -219,7 +222,7 @@ def tiles_in(results: Path, lmax: int = SMALL_LMAX, level: str = "noiseless") ->
 def noiseless(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results folder with the noiseless tiles of the small suite."""
     results = tmp_path_factory.mktemp("noiseless")
-    assert run_ingest(config_of(suite, results, workers=2))["n_sims"] == 6  # what else is compared is made by one
+    assert made(config_of(suite, results, workers=2))["n_sims"] == 6  # what else is compared is made by one
     return results
 
 
@@ -238,7 +241,7 @@ def test_an_archive_gives_the_same_tiles_in_whatever_order_its_files_come(
     packed(suite / "sims/sim00109", tmp_path / "sims/sim00109.tar.gz", lambda name: (last in name, name))
     for name in ("params.csv", "nz.txt"):
         shutil.copy(suite / name, tmp_path)
-    run_ingest(config_of(tmp_path, tmp_path))
+    made(config_of(tmp_path, tmp_path))
     assert np.array_equal(tiles_in(tmp_path), tiles_in(noiseless)[-12:])
 
 
@@ -256,16 +259,16 @@ def test_one_realisation_of_noise_serves_every_level_and_lmax(suite: Path, noise
     together = config_of(
         suite, tmp_path / "together", lmax="20,40", noise_level="des_y3,lsst_y10,noiseless", sims="109"
     )
-    run_ingest(together)
+    made(together)
     for lmax in (20, 40):
         clean = tiles_in(tmp_path / "together", lmax, "noiseless").astype(np.float64)
         noise = {
-            level: (tiles_in(tmp_path / "together", lmax, level) - clean) / np.sqrt(noise_cl(level))[:, None, None]
+            level: (tiles_in(tmp_path / "together", lmax, level) - clean) / np.sqrt(noise_cl(level, 4))[:, None, None]
             for level in ("des_y3", "lsst_y10")
         }
         assert np.abs(noise["des_y3"] - noise["lsst_y10"]).max() < 1e-4 * noise["des_y3"].std()
         alone = config_of(suite, tmp_path / f"alone{lmax}", lmax=str(lmax), noise_level="lsst_y10", sims="109")
-        run_ingest(alone)
+        made(alone)
         difference = tiles_in(tmp_path / f"alone{lmax}", lmax, "lsst_y10") - tiles_in(
             tmp_path / "together", lmax, "lsst_y10"
         )
@@ -273,7 +276,7 @@ def test_one_realisation_of_noise_serves_every_level_and_lmax(suite: Path, noise
 
 
 def test_published_geometry_repeats_its_faces(suite: Path, tmp_path: Path) -> None:
-    run_ingest(config_of(suite, tmp_path, geometry="published", noise_level="des_y3", sims="109"))
+    made(config_of(suite, tmp_path, geometry="published", noise_level="des_y3", sims="109"))
     tiles = tiles_in(tmp_path, level="des_y3").reshape(3, 4, 4, 32, 32)  # orientations, faces 4 ... 7, bins
     assert np.abs(tiles[2] - tiles[0][[1, 2, 3, 0]]).max() < 1e-5 * tiles[0].std()
     assert (tiles[1] - tiles[0]).std() > tiles[0].std()
@@ -283,17 +286,17 @@ def test_an_interrupted_ingest_goes_on_and_a_finished_one_stays(
     suite: Path, noiseless: Path, tmp_path: Path, run_command: Callable
 ) -> None:
     config = config_of(suite, tmp_path, noise_level="noiseless,des_y3")
-    run_ingest(replace(config, sims="2,109"))
+    made(replace(config, sims="2,109"))
     shards = sorted((tmp_path / "tiles").rglob("*.parquet"))
     assert len(shards) == 4
     shards[0].unlink()  # killed between two noise levels
     times = [path.stat().st_mtime_ns for path in shards[1:]]
-    assert run_ingest(config)["n_sims"] == 6
+    assert made(config)["n_sims"] == 6
     assert [path.stat().st_mtime_ns for path in shards[1:]] == times
     assert np.array_equal(tiles_in(tmp_path), tiles_in(noiseless))
     with pytest.raises(UserError, match="--seed 42 there, 7 here"):
-        run_ingest(replace(config, seed=7))
-    run_ingest(replace(config, seed=7, restart=True, noise_level="noiseless"))
+        made(replace(config, seed=7))
+    made(replace(config, seed=7, restart=True, noise_level="noiseless"))
     assert "des_y3" in str(shards[1])  # it was not named
     assert [path.stat().st_mtime_ns > before for path, before in zip(shards[1:], times, strict=True)] == [
         "noiseless" in str(path) for path in shards[1:]
@@ -319,14 +322,14 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "short": (lambda f: truncate(f / "run.00040.lightcone.npy", 0.6), "ends after [0-9]+ of 12288 pixels"),
     "no header": (lambda f: truncate(f / "run.00040.lightcone.npy", 0.0), "run.00040.lightcone.npy is truncated"),
     "object": (lambda f: save(f, np.array([None] * N_PIXELS)), "run.00040.lightcone.npy is truncated or damaged"),
-    "no map": (lambda f: save(f, np.ones(1000)), "is no HEALPix map"),
+    "no map": (lambda f: save(f, np.ones(1000)), "is not a HEALPix map"),
     "another nside": (lambda f: save(f, np.ones(12 * 16**2)), "has 3072 pixels, the shells before it 12288"),
     "NaN": (lambda f: save(f, np.full(N_PIXELS, np.nan)), "no particles, or negative ones"),
     "negative": (lambda f: save(f, np.full(N_PIXELS, -1)), "no particles, or negative ones"),
     "empty": (lambda f: save(f, np.zeros(N_PIXELS)), "no particles"),
     "too many": (lambda f: (f / "run.00040.incomplete.npy").touch(), "carry [0-9.]+ % of a bin's lensing weight"),
     "no z_values": (lambda f: (f / "z_values.txt").unlink(), "has no z_values.txt"),
-    "binary z_values": (lambda f: (f / "z_values.txt").write_bytes(os.urandom(500)), "does not begin with"),
+    "binary z_values": (lambda f: (f / "z_values.txt").write_bytes(os.urandom(500)), "instead of"),
     "unknown step": (
         lambda f: shutil.copy(f / "run.00040.lightcone.npy", f / "run.00900.lightcone.npy"),
         "no step 900",
@@ -340,7 +343,7 @@ def test_what_is_wrong_with_a_simulation_is_named_and_the_others_go_on(
 ) -> None:
     spoil, message = WRONG[kind]
     spoil(spoiled_suite / "sims" / "sim00002")
-    result = run_ingest(config_of(spoiled_suite, tmp_path, sims="2-3"))
+    result = made(config_of(spoiled_suite, tmp_path, sims="2-3"))
     assert result["n_sims"] == 1
     assert list(result["left_out"]) == ["2"]
     reason = result["left_out"]["2"]
@@ -349,7 +352,7 @@ def test_what_is_wrong_with_a_simulation_is_named_and_the_others_go_on(
     assert "sim00002" in reason
     assert json.loads((tmp_path / f"tiles/lmax_{SMALL_LMAX}_noiseless/ingest.json").read_text()) == result
     with pytest.raises(UserError, match="without --strict it is left out"):
-        run_ingest(config_of(spoiled_suite, tmp_path, sims="2-3", strict=True))
+        made(config_of(spoiled_suite, tmp_path, sims="2-3", strict=True))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bits", "checksum", "no tar"])
@@ -379,7 +382,7 @@ def test_a_table_of_another_suite_is_found_out(suite: Path, tmp_path: Path) -> N
     for row, sim_id in zip(rows, np.roll([row[0] for row in rows], 1), strict=True):
         row[0] = sim_id
     (tmp_path / "params.csv").write_text("\n".join([*lines[:2], *map(",".join, rows)]) + "\n")
-    result = run_ingest(config_of(suite, tmp_path, params=tmp_path / "params.csv"))
+    result = made(config_of(suite, tmp_path, params=tmp_path / "params.csv"))
     assert result["n_sims"] < 2
     assert all("another simulation under this number" in reason for reason in result["left_out"].values())
 
@@ -415,9 +418,9 @@ def test_maps_give_the_tiles_of_their_lightcone(
         with fits.open(maps / "kappa_sim109.fits", mode="update") as file:
             del file[1].header["ORDERING"]
         with pytest.raises(UserError, match="add --ordering RING or NEST"):
-            run_ingest(map_config(suite, tmp_path, maps / "*", strict=True, **options))
+            made(map_config(suite, tmp_path, maps / "*", strict=True, **options))
         options["ordering"] = "NEST"
-    run_ingest(map_config(suite, tmp_path, maps / "*", strict=True, **options))
+    made(map_config(suite, tmp_path, maps / "*", strict=True, **options))
     assert np.array_equal(tiles_in(tmp_path), tiles_in(noiseless)[-12:])
 
 
@@ -440,8 +443,7 @@ MASKED: dict[str, tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any], str]
     "unseen": (unseen, {}, "has 1 masked pixels; tiles are whole base faces"),
     "NaN": (not_a_number, {}, "has 1 masked pixels"),
     "zeros": (zeros, {}, "is exactly zero in 33.3 % of its pixels"),
-    "partial": (unseen, {"partial": True}, "covers a part of the sky"),
-    "three bins": (lambda kappa: kappa[:3], {}, "holds maps of"),
+    "partial": (unseen, {"partial": True}, "covers only part of the sky"),
     "coarse": (lambda kappa: healpy.ud_grade(kappa, 16), {}, "has nside 16, which holds multipoles up to 32"),
 }
 
@@ -453,17 +455,111 @@ def test_maps_that_are_not_whole_are_refused_with_the_reason(
     change, options, message = MASKED[kind]
     healpy.write_map(tmp_path / "sim109.fits", np.asarray(change(kappa.copy())), dtype=np.float32, **options)
     with pytest.raises(UserError, match=message):
-        run_ingest(map_config(suite, tmp_path, tmp_path / "*.fits", strict=True))
+        made(map_config(suite, tmp_path, tmp_path / "*.fits", strict=True))
+
+
+# ---------------------------------------------------------------- other numbers of bins
+
+
+def write_bins(path: Path, n_bins: int) -> np.ndarray:
+    """An n(z) table (n_z, 1 + n_bins): the bins of the mock suite, then mixtures of them."""
+    z = np.linspace(0, 3, 301)
+    four = nz_of_bins(z)
+    table = np.column_stack([z, np.concatenate([four, four[:2] + four[2:]])[:n_bins].T])
+    np.savetxt(path, table)
+    return table
+
+
+def channels_in(results: Path) -> np.ndarray:
+    return tiles_in(results).transpose(1, 0, 2, 3)  # (n_bins, 12, N, N)
+
+
+def test_six_bins_projected_together_equal_each_on_its_own(suite: Path, tmp_path: Path) -> None:
+    write_bins(tmp_path / "nz.txt", 6)
+    z, nz = read_nz(tmp_path / "nz.txt")
+    sky = suite / "sims/sim00109"
+    together, _ = project_lightcone(sky, FIDUCIAL_PARAMS, z, nz)
+    for i in range(6):
+        alone, _ = project_lightcone(sky, FIDUCIAL_PARAMS, z, nz[i : i + 1])
+        assert np.array_equal(alone, together[i : i + 1])
+
+
+@pytest.mark.parametrize("n_bins", [1, 6])
+def test_lightcones_give_as_many_channels_as_there_are_bins(
+    n_bins: int, suite: Path, noiseless: Path, tmp_path: Path
+) -> None:
+    write_bins(tmp_path / "nz.txt", n_bins)
+    made(config_of(suite, tmp_path, nz=tmp_path / "nz.txt", sims="109"))
+    four, found = channels_in(noiseless)[:, -12:], channels_in(tmp_path)
+    common = min(n_bins, 4)
+    assert len(found) == n_bins
+    np.testing.assert_allclose(found[:common], four[:common], rtol=0, atol=1e-6 * four.std())
+    for i in range(4, n_bins):  # lensing is linear in n(z)
+        mixture = (four[i - 4] + four[i - 2]) / 2
+        np.testing.assert_allclose(found[i], mixture, rtol=0, atol=1e-5 * four.std())
+
+
+def test_one_and_six_maps_become_as_many_channels(suite: Path, kappa: np.ndarray, tmp_path: Path) -> None:
+    six = kappa[[0, 1, 2, 3, 1, 0]]
+    healpy.write_map(tmp_path / "six_sim109.fits", six, dtype=np.float32)
+    (tmp_path / "folder_sim109").mkdir()
+    for number, one in enumerate(six):
+        healpy.write_map(tmp_path / f"folder_sim109/bin{number}.fits", one, dtype=np.float32)
+        healpy.write_map(tmp_path / f"one{number}_sim109.fits", one, dtype=np.float32)
+    names = ["six_sim109.fits", "folder_sim109", *(f"one{i}_sim109.fits" for i in range(6))]
+    for name in names:
+        assert made(map_config(suite, tmp_path / name[:6], tmp_path / name))["n_sims"] == 1
+    together, folder, *alone = (channels_in(tmp_path / name[:6]) for name in names)
+    assert np.array_equal(together, np.concatenate(alone))
+    assert np.array_equal(together, folder)
+
+
+def test_a_survey_with_other_bins_is_refused_in_one_line(
+    suite: Path, kappa: np.ndarray, tmp_path: Path, run_command: Callable
+) -> None:
+    write_bins(tmp_path / "nz.txt", 6)
+    healpy.write_map(tmp_path / "sim109.fits", kappa[[0, 1, 2, 3, 1, 0]], dtype=np.float32)
+    lightcones = ["--lightcones", suite / "sims", "--nz", tmp_path / "nz.txt"]
+    for source in (lightcones, ["--kappa-maps", tmp_path / "*.fits", "--strict"]):
+        options = ["--params", suite / "params.csv", "--lmax", SMALL_LMAX, "--workers", 1]
+        options += ["--noise-level", "noiseless,des_y3", "--results-dir", tmp_path / "results"]
+        code, _, err = run_command("run_ingest.py", *source, *options)
+        assert code == 2
+        assert len(err.splitlines()) == 1
+        assert "--noise-level des_y3 has 4 bins, but the tiles have 6" in err
+        assert not list((tmp_path / "results").rglob("*.parquet"))
+        assert source is not lightcones or not (tmp_path / "results").exists()
+
+
+def test_maps_with_more_bins_than_the_others_are_left_out(suite: Path, kappa: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "maps").mkdir()
+    healpy.write_map(tmp_path / "maps/sim1.fits", kappa, dtype=np.float32)
+    healpy.write_map(tmp_path / "maps/sim109.fits", kappa[:3], dtype=np.float32)
+    result = made(map_config(suite, tmp_path, tmp_path / "maps/*"))
+    assert "has 3 bins, but the tiles in" in result["left_out"]["109"]
+    assert result["n_sims"] == 1
+
+
+@pytest.mark.parametrize(("sizes", "message"), [([16, 32], "all bins need the same nside"), ([], "holds no FITS file")])
+def test_a_folder_that_is_not_a_map_per_bin_is_refused(
+    sizes: list[int], message: str, suite: Path, kappa: np.ndarray, tmp_path: Path
+) -> None:
+    (tmp_path / "sim109").mkdir()
+    for number, nside in enumerate(sizes):
+        one = healpy.ud_grade(kappa[number], nside)
+        healpy.write_map(tmp_path / f"sim109/bin{number}.fits", one, dtype=np.float32)
+    with pytest.raises(UserError, match=message):
+        made(map_config(suite, tmp_path, tmp_path / "sim109", strict=True))
 
 
 # ---------------------------------------------------------------- n(z), table, download
 
 
-def test_nz_from_fits_and_from_text_agree(tmp_path: Path) -> None:
-    write_nz(tmp_path / "nz.txt")
-    table = np.loadtxt(tmp_path / "nz.txt")
+@pytest.mark.parametrize("n_bins", [1, 4, 6])
+def test_nz_from_fits_and_from_text_agree(n_bins: int, tmp_path: Path) -> None:
+    table = write_bins(tmp_path / "nz.txt", n_bins)
     columns = [fits.Column("Z_MID", "D", array=table[:, 0])]
-    columns += [fits.Column(f"BIN{i}", "D", array=7 * table[:, i]) for i in range(1, 5)]
+    columns += [fits.Column(f"BIN{i}", "D", array=7 * table[:, i]) for i in range(1, n_bins + 1)]
     hdu = fits.BinTableHDU.from_columns(columns, name="nz_source")
     fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(tmp_path / "2pt.fits")
     (tmp_path / "nz.csv").write_text("# z, n\n" + "\n".join(", ".join(map(str, row)) for row in table))
@@ -472,17 +568,17 @@ def test_nz_from_fits_and_from_text_agree(tmp_path: Path) -> None:
         other_z, other = read_nz(tmp_path / name)
         assert np.array_equal(z, other_z)
         assert np.abs(other - nz).max() < 1e-12 * nz.max()
-    assert np.trapezoid(nz, z, axis=1) == pytest.approx(1)
+    assert np.trapezoid(nz, z, axis=1) == pytest.approx(n_bins * [1])
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0 1 1 1\n1 1 1 1\n", "columns: z, n_1"),
-        ("z n n n n\n", "no table of numbers"),
-        ("1 1 1 1 1\n0 1 1 1 1\n", "must rise"),
+        ("0\n1\n", "columns: z, n_1"),
+        ("z n n n n\n", "not a table of numbers"),
+        ("1 1 1 1 1\n0 1 1 1 1\n", "must increase"),
         ("0 1 1 1 1\n1 1 -1 1 1\n", "negative"),
-        ("0 1 0 1 1\n1 1 0 1 1\n", "zero throughout"),
+        ("0 1 0 1 1\n1 1 0 1 1\n", "zero everywhere"),
         ("0 1 nan 1 1\n1 1 1 1 1\n", "finite"),
         ("SIMPLE  = T", "cannot be read|no table NZ_SOURCE"),
         ("0 1 1 1 1\n9 1 1 1 1\n", "beyond z ="),
@@ -492,7 +588,7 @@ def test_nz_from_fits_and_from_text_agree(tmp_path: Path) -> None:
 def test_a_senseless_nz_is_refused(text: str, message: str, suite: Path, tmp_path: Path) -> None:
     (tmp_path / "nz.txt").write_text(text)
     with pytest.raises(UserError, match=message):
-        run_ingest(config_of(suite, tmp_path, nz=tmp_path / "nz.txt", strict=True, sims="109"))
+        made(config_of(suite, tmp_path, nz=tmp_path / "nz.txt", strict=True, sims="109"))
 
 
 def test_the_published_table_is_read() -> None:
@@ -510,7 +606,7 @@ def test_the_published_table_is_read() -> None:
     [
         (lambda text: text.replace("sigma_8", "sigma8"), "no column sigma_8"),
         (lambda text: text.split("\n", 1)[1], "no column"),
-        (lambda text: text + text.splitlines()[-1] + "\n", "stands there twice"),
+        (lambda text: text + text.splitlines()[-1] + "\n", "is in the table twice"),
         (lambda text: text + "7,C,1,,,,\n", "line 9: a cell is empty"),
         (lambda text: "\n".join(text.splitlines()[:2]), "has no simulation in it"),
     ],
@@ -524,11 +620,12 @@ def test_a_senseless_table_is_refused(change: Callable[[str], str], message: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lightcones": ""}, "one of the two"),
+        ({"lightcones": ""}, "either --lightcones or --kappa-maps"),
         ({"nz": ""}, "--nz"),
         ({"sims": "a-b"}, "--sims"),
+        ({"sims": "5-3"}, "names no simulation"),
         ({"lmax": "200,x"}, "--lmax"),
-        ({"noise_level": "des_y3,des_y9"}, "'des_y9' is none of"),
+        ({"noise_level": "des_y3,des_y9"}, "'des_y9' is not in"),
         ({"lightcones": "nowhere"}, "no sim00001"),
         ({"sims": "1-3,900"}, None),
     ],
@@ -537,11 +634,11 @@ def test_options_that_make_no_sense(
     options: dict[str, str], message: str | None, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if message is None:
-        run_ingest(config_of(suite, tmp_path, **options))
+        made(config_of(suite, tmp_path, **options))
         assert "simulation 900 is not in" in capsys.readouterr().err
         return
     with pytest.raises(UserError, match=message):
-        run_ingest(config_of(suite, tmp_path, **options))
+        made(config_of(suite, tmp_path, **options))
     assert not list(tmp_path.iterdir())
 
 
@@ -588,7 +685,7 @@ def test_simulations_are_downloaded_and_go_on_when_the_server_hangs_up(
     url, serving = server
     packed(suite / "sims/sim00109", tmp_path / "archive", str)
     serving.files["/lightcones/sim00109.tar.gz"] = (tmp_path / "archive").read_bytes()
-    result = run_ingest(config_of(suite, tmp_path, lightcones=f"{url}/lightcones", sims="2,109"))
+    result = made(config_of(suite, tmp_path, lightcones=f"{url}/lightcones", sims="2,109"))
     assert "404" in result["left_out"]["2"]
     assert np.array_equal(tiles_in(tmp_path), tiles_in(noiseless)[-12:])
     assert not list((tmp_path / "downloads").iterdir())
@@ -597,12 +694,12 @@ def test_simulations_are_downloaded_and_go_on_when_the_server_hangs_up(
     for share in (0.5, 1.0):  # of an archive that was downloaded before the command was killed
         (tmp_path / "downloads" / "sim00109.tar.gz").write_bytes(whole[: int(share * len(whole))])
         serving.requests.clear()
-        run_ingest(config_of(suite, tmp_path, lightcones=f"{url}/lightcones", sims="109", restart=True))
+        made(config_of(suite, tmp_path, lightcones=f"{url}/lightcones", sims="109", restart=True))
         assert serving.requests == [f"bytes={int(share * len(whole))}-"]
         assert np.array_equal(tiles_in(tmp_path), tiles_in(noiseless)[-12:])
     serving.files["/lightcones/sim00109.tar.gz"] = whole[:1000]
     damaged = config_of(suite, tmp_path, lightcones=f"{url}/lightcones", sims="109", restart=True)
-    assert f"{url}/lightcones/sim00109.tar.gz is truncated" in run_ingest(damaged)["left_out"]["109"]
+    assert f"{url}/lightcones/sim00109.tar.gz is truncated" in made(damaged)["left_out"]["109"]
     assert not list((tmp_path / "downloads").iterdir())
 
     serving.files["/lightcones/sim00109.tar.gz"] = whole
@@ -674,35 +771,41 @@ def test_a_command_that_could_use_nothing_fails(suite: Path, tmp_path: Path, run
     assert "no simulation could be used" in err.splitlines()[-1]
 
 
-@pytest.mark.modal
 def test_containers_give_the_tiles_that_this_machine_gives(
     server: tuple[str, type[Server]], suite: Path, noiseless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the containers hand to each other, with .local() in place of the cloud."""
-    pytest.importorskip("modal")
-    import run_ingest as command
-
+    """One leads and the others ingest; here they are called one after another, and one is lost."""
     url, serving = server
     for sim_id in (1, 109):
         packed(suite / f"sims/sim{sim_id:05d}", tmp_path / "archive", str)
         serving.files[f"/sim{sim_id:05d}.tar.gz"] = (tmp_path / "archive").read_bytes()
-    jobs = plan(config_of(suite, tmp_path / "results", lightcones=url, sims="1,2,109"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # .local() says that it is not what one usually wants
-        sent: list[int] = []
+    monkeypatch.setattr("data.ingest.suite.LOCAL_DISK", str(tmp_path / "disk"))
+    config = config_of(suite, tmp_path / "results", lightcones=url, sims="1,2,109")
+    sent: list[int] = []
+    calls: list[str] = []
 
-        def side_by_side(jobs: list[Job], order_outputs: bool) -> Iterator[dict[str, Any]]:
-            sent.extend(job.sim_id for job in jobs)
-            return (one_of_many.local(job) for job in jobs)
+    def run_all(function: str, jobs: list[Job]) -> Iterator[Outcome | Exception]:
+        module, name = function.rsplit(".", 1)
+        assert not list(tmp_path.rglob("*.lock"))  # the Volume could not be reloaded
+        for job in reversed(pickle.loads(pickle.dumps(jobs))):
+            sent.append(job.sim_id)
+            yield getattr(importlib.import_module(module), name)(job, lambda: calls.append("commit"))
+        calls.append("reload")
 
-        one_of_many = command.ingest_in_container
-        monkeypatch.setattr(command, "ingest_in_container", SimpleNamespace(map=side_by_side))
-        result = command.all_in_container.local(jobs, False, False)
-        assert sent == [1, 2, 109]
-        command.all_in_container.local(jobs, False, False)
-        assert sent[3:] == [2]  # what is finished is not done again
-        strict = command.all_in_container.local(jobs, False, True)
-        assert "(simulation 2; without --strict it is left out)" in strict["user_error"]
+    result = ingest_side_by_side(plan(config), lambda: calls.append("commit of the leader"), run_all)
+    assert sent == [109, 2, 1]
+    assert calls == [*3 * ["commit"], "reload", "commit of the leader"]
     assert (result["n_sims"], list(result["left_out"])) == (2, ["2"])
+    assert not list((tmp_path / "disk").iterdir())
+    assert not (tmp_path / "results/downloads").exists()
     wanted = tiles_in(noiseless)
     assert np.array_equal(tiles_in(tmp_path / "results"), np.concatenate([wanted[:12], wanted[-12:]]))
+
+    ingest_side_by_side(plan(config), lambda: None, run_all)
+    assert sent[3:] == [2]  # what is finished is not done again
+    with pytest.raises(UserError, match="simulation 2; without --strict it is left out"):
+        ingest_side_by_side(plan(replace(config, strict=True)), lambda: None, run_all)
+    with pytest.raises(RuntimeError, match="the container was lost"):
+        ingest_side_by_side(plan(config), lambda: None, lambda *_: iter([RuntimeError("the container was lost")]))
+    with pytest.raises(UserError, match="give the URL"):
+        ingest_side_by_side(plan(config_of(suite, tmp_path)), lambda: None, run_all)

@@ -17,8 +17,9 @@ from scipy.stats import kstest
 
 from common.errors import UserError
 from data.mock.config import MockConfig
-from data.mock.cosmology import FIDUCIAL, S8_COUNTS, S8_EDGES, design
+from data.mock.cosmology import FIDUCIAL_COSMO, S8_COUNTS, S8_EDGES, design
 from data.mock.fields import gaussian_cl_of_lognormal, hilbert_shift, signal_alm
+from data.mock.nz import N_BINS
 from data.mock.suite import FRESH_SEED_OFFSET, build_suite
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, theory_cl
 from data.schema import FACES, SURVEYS, noise_cl, nside_of
@@ -27,7 +28,6 @@ from data.sphere.harmonics import ell_of_alm, noise_alm
 from data.sphere.tiles import tiles_of_alm
 
 LMAX, N_SKIES = 200, 50
-FIDUCIAL_COSMO = np.array([FIDUCIAL[name] for name in COSMO_NAMES])
 
 
 def banded(cl: np.ndarray, edges: list[int]) -> np.ndarray:
@@ -126,10 +126,10 @@ def test_lognormal_transform_is_inverted_by_its_definition() -> None:
 
 
 def test_noise_spectra_are_flat_and_of_the_stated_power() -> None:
-    measured = mean_spectra(lambda s: noise_alm("des_y3", LMAX, np.random.default_rng(s)))
+    measured = mean_spectra(lambda s: noise_alm("des_y3", N_BINS, LMAX, np.random.default_rng(s)))
     edges = [0, 50, 100, 150, 201]
     bands = banded(measured, edges)
-    power = banded(np.tile(noise_cl("des_y3")[:, None], LMAX + 1), edges)
+    power = banded(np.tile(noise_cl("des_y3", N_BINS)[:, None], LMAX + 1), edges)
     n_modes = np.array([sum(2 * ell + 1 for ell in range(lo, hi)) for lo, hi in itertools.pairwise(edges)])
     for p, (i, j) in enumerate(BIN_PAIRS):
         sigma = np.sqrt((1 + (i == j)) * power[i] * power[j] / n_modes / N_SKIES)
@@ -142,11 +142,14 @@ def test_noise_levels_state_the_noise_of_a_pixel(name: str) -> None:
     nside = 1024
     a_pix_arcmin2 = 4 * np.pi / (12 * nside**2) * (180 * 60 / np.pi) ** 2
     survey = SURVEYS[name]
-    for bin_number in range(4):
-        sigma_pix = survey.sigma_e[bin_number] / np.sqrt(2 * survey.n_eff[bin_number] * a_pix_arcmin2)
-        assert noise_cl(name)[bin_number] == pytest.approx(sigma_pix**2 * 4 * np.pi / (12 * nside**2), rel=1e-12)
-    np.testing.assert_allclose(noise_cl(f"{name}_survey"), 2 * noise_cl(name), rtol=1e-15)
-    assert not noise_cl("noiseless").any()
+    n_bins = len(survey.n_eff)
+    sigma_pix = np.array(survey.sigma_e) / np.sqrt(2 * np.array(survey.n_eff) * a_pix_arcmin2)
+    np.testing.assert_allclose(noise_cl(name, n_bins), sigma_pix**2 * 4 * np.pi / (12 * nside**2), rtol=1e-12)
+    np.testing.assert_allclose(noise_cl(f"{name}_survey", n_bins), 2 * noise_cl(name, n_bins), rtol=1e-15)
+    for other in (1, 6):
+        assert noise_cl("noiseless", other).tolist() == other * [0]
+        with pytest.raises(UserError, match=f"{name} has {n_bins} bins, but the tiles have {other}"):
+            noise_cl(name, other)
 
 
 # ---------------------------------------------------------------- geometry

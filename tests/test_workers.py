@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from conftest import GUARD_S, ROOT
 
 from common.artifacts import CannotWriteError
 from common.errors import UserError
-from common.workers import in_order, worker_pool
+from data.workers import in_order, worker_pool
 
 BIG = 3_000_000  # of 8 bytes: 24 MB, far more than a pipe holds
 
@@ -54,7 +55,7 @@ STOPPED = f"""
 import signal, os, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from common.errors import exit_on_user_error
-from common.workers import in_order, worker_pool
+from data.workers import in_order, worker_pool
 from test_workers import big
 @exit_on_user_error
 def main():
@@ -101,3 +102,45 @@ def test_what_cannot_be_sent_still_tells_the_reason() -> None:
 def test_a_worker_that_dies_is_an_error_with_a_cure() -> None:
     with pytest.raises(UserError, match=r"a worker process died.* fewer as --workers"), worker_pool(2) as pool:
         list(in_order(pool, dying, range(5), ahead=10))
+
+
+ORPHANED = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from data.workers import worker_pool
+from test_workers import pid_and_sleep
+with worker_pool(2) as pool:
+    for number in range(2):
+        pool.submit(pid_and_sleep, number)
+    time.sleep({GUARD_S})
+"""
+
+
+def pid_and_sleep(number: int) -> None:
+    Path(f"{number}.tmp").write_text(str(os.getpid()))
+    Path(f"{number}.tmp").rename(f"{number}.pid")
+    time.sleep(GUARD_S)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    """In the middle of a job, where nothing tells them but their own watch."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANED], cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + GUARD_S
+    while len(started := list(tmp_path.glob("*.pid"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    workers = [int(path.read_text()) for path in started]
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Born approximation: what every mass shell of a lightcone adds to the convergence of every source bin.
+"""Born approximation: what each mass shell of a lightcone contributes to the convergence of each source bin.
 
 All distances are comoving and in Mpc/h, as in the simulations' files.
 """
@@ -16,10 +16,10 @@ from common.errors import UserError
 from data.schema import PARAM_NAMES
 
 HUBBLE_DISTANCE = 2997.92458  # c / H0 [Mpc/h]
-HEADER = "# Step,z_far,z_near,delta_z,cmd_far(Mpc/h),cmd_near(Mpc/h)"  # that z_values.txt begins with
+HEADER = "# Step,z_far,z_near,delta_z,cmd_far(Mpc/h),cmd_near(Mpc/h)"  # how z_values.txt begins
 EDGE_TOLERANCE = 1e-3  # relative; between the far edge of a shell and the near edge of the next
 DISTANCE_TOLERANCE = 0.01  # relative; between the file's distances and the cosmology's, which leave out radiation
-DISTANCE_CHECKED_TO_Z = 4.0  # where radiation is 0.1 %
+DISTANCE_CHECKED_TO_Z = 4.0  # where radiation is about 0.1 % of the density
 MAX_UNSEEN_SOURCES = 1e-3  # of the n(z) beyond the outermost shell
 
 
@@ -57,22 +57,22 @@ def parse_shells(text: str, name: str, params: np.ndarray) -> Shells:
     """
     first, _, _ = text.partition("\n")
     if not first.replace(" ", "").startswith(HEADER.replace(" ", "")):
-        raise UserError(f"{name} does not begin with {HEADER!r}, but with {first[:80]!r}; take the served file")
+        raise UserError(f"{name} begins with {first[:80]!r} instead of {HEADER!r}; use the file that is served")
     try:
         table = np.loadtxt(text.splitlines(), delimiter=",", ndmin=2)  # (n, 10)
         table = table[np.argsort(table[:, 4], kind="stable")]  # by distance, nearest first
         step, z_far, z_near, chi_far, chi_near = table[:, [0, 1, 2, 4, 5]].T  # (n,) each
     except (ValueError, IndexError):
-        raise UserError(f"{name} is no table of numbers with commas between them; take the served file") from None
+        raise UserError(f"{name} is not a table of comma-separated numbers; use the file that is served") from None
     if not np.isfinite(table).all() or not ((chi_far > chi_near) & (z_far > z_near)).all():
-        raise UserError(f"{name} has a shell whose far edge is not beyond its near one; take the served file")
+        raise UserError(f"{name} has a shell whose far edge is not beyond its near one; use the file that is served")
     shells = Shells(step.astype(int), z_near, z_far, chi_near, chi_far)
     gap = np.abs(np.append(0, chi_far[:-1]) - chi_near)
     if (wrong := gap > EDGE_TOLERANCE * chi_far).any():
         k = int(np.argmax(wrong))
         raise UserError(
             f"{name}: step {shells.step[k]} begins at {chi_near[k]:.1f} Mpc/h, where the shell before it does not end; "
-            "a row is missing or in the wrong order, take the served file"
+            "a row is missing or in the wrong order, use the file that is served"
         )
     near = z_far < DISTANCE_CHECKED_TO_Z
     expected = comoving_distance(z_far[near], params)
@@ -81,7 +81,7 @@ def parse_shells(text: str, name: str, params: np.ndarray) -> Shells:
         k = int(np.argmax(np.abs(off)))
         raise UserError(
             f"{name}: step {shells.step[k]} ends at z = {z_far[near][k]:.3f} and {chi_far[near][k]:.1f} Mpc/h, where "
-            f"its cosmology has {expected[k]:.1f} ({100 * worst:.0f} % off); the distances are not in Mpc/h, or "
+            f"its cosmology gives {expected[k]:.1f} ({100 * worst:.0f} % off); the distances are not in Mpc/h, or "
             "--params has another simulation under this number"
         )
     return shells
@@ -96,7 +96,7 @@ def comoving_distance(z: np.ndarray, params: np.ndarray) -> np.ndarray:
 
 
 def born_weights(shells: Shells, z: np.ndarray, nz: np.ndarray, omega_m: float) -> np.ndarray:
-    """Weights (4, n_shells) with which the density contrast of each shell adds up to the convergence of each bin.
+    """Weights (n_bins, n_shells): the convergence of a bin is their sum with the density contrasts of the shells.
 
     kappa_a = sum_k (3/2) (H0/c)^2 Omega_m (1 + z_k) chi_k g_a(chi_k) Delta chi_k delta_k, with
     g_a(chi) = int_chi^inf n_a(chi') (chi' - chi) / chi' dchi' (e.g. Bartelmann & Schneider 2001, astro-ph/9912508,
@@ -104,13 +104,13 @@ def born_weights(shells: Shells, z: np.ndarray, nz: np.ndarray, omega_m: float) 
 
     Args:
         shells: of the lightcone, in Mpc/h.
-        z, nz: (n_z,) and normalised (4, n_z), as from read_nz.
+        z, nz: (n_z,) and normalised (n_bins, n_z), as from read_nz.
         omega_m: of the simulation.
 
     Raises:
         UserError: sources lie beyond the outermost shell.
     """
-    beyond = np.where(z > shells.z_far[-1], nz, 0)  # (4, n_z)
+    beyond = np.where(z > shells.z_far[-1], nz, 0)  # (n_bins, n_z)
     if (unseen := np.trapezoid(beyond, z, axis=1)).max() > MAX_UNSEEN_SOURCES:
         raise UserError(
             f"{100 * unseen.max():.1f} % of the sources of bin {int(unseen.argmax()) + 1} lie beyond z = "
@@ -121,11 +121,11 @@ def born_weights(shells: Shells, z: np.ndarray, nz: np.ndarray, omega_m: float) 
     chi = (shells.chi_near + shells.chi_far) / 2  # (n_shells,)
     z_middle = CubicSpline(edges_chi, edges_z)(chi)
     behind = np.maximum(1 - chi[:, None] / np.maximum(chi_source, 1e-9), 0)  # (n_shells, n_z): (chi' - chi) / chi'
-    g = np.trapezoid(nz[:, None] * behind, z, axis=2)  # (4, n_shells)
+    g = np.trapezoid(nz[:, None] * behind, z, axis=2)  # (n_bins, n_shells)
     kernel = (1 + z_middle) * chi * (shells.chi_far - shells.chi_near)  # (n_shells,)
-    return 1.5 * omega_m / HUBBLE_DISTANCE**2 * kernel * g  # (4, n_shells)
+    return 1.5 * omega_m / HUBBLE_DISTANCE**2 * kernel * g  # (n_bins, n_shells)
 
 
 def lost_share(weights: np.ndarray, missing: Sequence[bool] | np.ndarray) -> float:
-    """Share of a bin's total weight that missing shells carry, of the bin that loses most."""
+    """Share of its total weight that the bin which loses most has in missing shells."""
     return float((weights[:, np.asarray(missing, dtype=bool)].sum(axis=1) / weights.sum(axis=1)).max())

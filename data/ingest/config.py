@@ -24,42 +24,47 @@ class IngestConfig(SeedOptions):
         "", "folder of simulations (sim00042/ or sim00042.tar.gz, as served), or the URL that serves them"
     )
     kappa_maps: str = option(
-        "", "in their place: pattern like 'maps/*' of FITS files with a map per bin, or of folders with a file per bin"
+        "", "instead: pattern like 'maps/*' of FITS files with a map per bin, or of folders with a FITS file per bin"
     )
     params: str = option(dataclasses.MISSING, "table of cosmologies, as gower_street_runs.csv")
-    nz: str = option("", "n(z) of the bins: text table (z n_1 n_2 ...), or 2-point FITS file with NZ_SOURCE")
-    lmax: str = option("200", "largest multipoles, with commas between them")
-    noise_level: str = option("des_y3", "shape noise, with commas between several; one realisation serves them all")
+    nz: str = option("", "n(z) of every bin: text table (z n_1 n_2 ...), or 2-point FITS file with NZ_SOURCE")
+    lmax: str = option("200", "largest multipole of the tiles; several with commas")
+    noise_level: str = option("des_y3", "shape noise; several with commas, which scale one realisation")
     geometry: SkyGeometry = option(
         "disjoint", "where the twelve tiles lie: disjoint patches, or the overlapping ones of the published suite"
     )
-    sims: str = option("", "these simulations alone, like 1-50,109 (default: all that are there)")
-    ordering: Ordering = option("auto", "order of the pixels of --kappa-maps; auto takes what the file says")
+    sims: str = option("", "only these simulations, like 1-50,109 (default: all)")
+    ordering: Ordering = option("auto", "order of the pixels of --kappa-maps; auto takes it from the file")
     pixel_window: PixelWindow = option(
-        "auto", "divide: undo the averaging over a pixel; auto divides for lightcones, whose counts are such averages"
+        "auto", "divide: correct for pixels that are averages; auto: for lightcones, whose counts are averages"
     )
-    strict: bool = option(False, "stop at the first incomplete or damaged simulation, in place of leaving it out")
+    strict: bool = option(False, "stop at the first simulation that cannot be used, instead of leaving it out")
     workers: int = option(
-        0, "worker processes (0: one per core, as far as memory goes); no tile depends on it", at_least=0
+        0, "worker processes (0: one per core that has memory for it); the tiles do not depend on it", at_least=0
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.lightcones) == bool(self.kappa_maps):
-            raise UserError("give --lightcones or --kappa-maps, one of the two")
+            raise UserError("give either --lightcones or --kappa-maps")
         if self.lightcones and not self.nz:
-            raise UserError("--lightcones needs the sources as well; give their n(z) as --nz")
+            raise UserError("--lightcones needs the source galaxies; give their n(z) as --nz")
         if self.kappa_maps and self.nz:
-            raise UserError("--kappa-maps are of their own sources; leave out --nz")
+            raise UserError("--kappa-maps have their own source galaxies; leave out --nz")
         known = typing.get_args(NoiseLevel)
         if unknown := [level for level in self.noise_list if level not in known]:
-            raise UserError(f"--noise-level {unknown[0]!r} is none of {', '.join(known)}; several go with commas")
-        self.sim_list, self.configurations  # noqa: B018  (a senseless value is refused here)
+            raise UserError(f"--noise-level {unknown[0]!r} is not in {', '.join(known)}; several go with commas")
+        self.sim_list, self.configurations  # noqa: B018  (refuses what is not a list)
 
     @property
     def kind(self) -> str:
-        """What the tiles are made from."""
+        """What the tiles are made from, as their shards say it."""
         return "lightcones" if self.lightcones else "kappa maps"
+
+    @property
+    def divides_window(self) -> bool:
+        """Whether to correct for the averaging over pixels."""
+        return self.pixel_window == "divide" or (self.pixel_window == "auto" and bool(self.lightcones))
 
     @property
     def noise_list(self) -> list[str]:
@@ -73,7 +78,7 @@ class IngestConfig(SeedOptions):
 
     @property
     def sim_list(self) -> list[int] | None:
-        """The numbers that --sims means; None for all."""
+        """The numbers in --sims; None for all."""
         if not self.sims:
             return None
         found: set[int] = set()
@@ -83,4 +88,6 @@ class IngestConfig(SeedOptions):
                 found |= set(range(int(first), int(last or first) + 1))
             except ValueError:
                 raise UserError(f"--sims {self.sims!r} is not a list like 1-50,109") from None
+        if not found:
+            raise UserError(f"--sims {self.sims!r} names no simulation; give a list like 1-50,109")
         return sorted(found)

@@ -1,4 +1,4 @@
-"""Download a large file; an interrupted one goes on where it stopped."""
+"""Download a large file; an interrupted download resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from data.ingest.lightcone import BadSimulationError
 
 ATTEMPTS = 5
-NOTHING_MORE = 416  # the HTTP status where the range that was asked for lies behind the end
+RANGE_BEYOND_END = 416  # HTTP status: the requested range starts at the end of the file, or beyond
 SECONDS_BEFORE_RETRY = 2.0  # doubled every time
 TIMEOUT_S = 60.0
 BLOCK = 1 << 20  # bytes at a time
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch a URL into a file; what is there already is its beginning.
+    """Fetch a URL into a file; if the file exists, it is the beginning, and only the rest is fetched.
 
     Raises:
-        BadSimulationError: the server does not have it, or breaks off again and again.
+        BadSimulationError: the server does not have it, or the connection breaks again and again.
     """
     for attempt in range(ATTEMPTS):
         try:
@@ -28,7 +28,7 @@ def download(url: str, path: Path) -> None:
                 return
             reason = "the connection ended early"
         except urllib.error.HTTPError as error:
-            if error.code == NOTHING_MORE and path.exists():
+            if error.code == RANGE_BEYOND_END and path.exists():
                 return
             if error.code < 500:
                 raise BadSimulationError(f"{url}: the server says {error.code} {error.reason}") from None
@@ -41,15 +41,14 @@ def download(url: str, path: Path) -> None:
 
 
 def _fetch_rest(url: str, path: Path) -> bool:
-    """Append what is missing; whether the file is then whole."""
+    """Append what is missing; True if the file is then complete."""
     have = path.stat().st_size if path.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
         if answer.status == 200:
-            have = 0  # a server that knows no ranges begins anew
+            have = 0  # a server without ranges sends the whole file
         length = int(answer.headers.get("Content-Length") or -1)
-        whole = have + length
         with open(path, "ab" if have else "wb") as file:
             while block := answer.read(BLOCK):
                 file.write(block)
-    return length < 0 or path.stat().st_size == whole
+    return length < 0 or path.stat().st_size == have + length

@@ -1,8 +1,8 @@
-"""The shells of one simulated lightcone, read one after the other and projected to convergence.
+"""The shells of one simulated lightcone, read one after another and projected to convergence.
 
-A simulation is a folder, or a tar file (compressed or not) that is read as a stream and never unpacked. In it lie
-z_values.txt, run.NNNNN.lightcone.npy for the shell of step NNNNN (particle counts per pixel, RING), and beside some of
-those run.NNNNN.incomplete.npy, which says that the box did not reach all around: such a shell is left out.
+A simulation is a folder, or a tar file (compressed or not) that is read as a stream and never unpacked. It contains
+z_values.txt, a file run.NNNNN.lightcone.npy for the shell of step NNNNN (particle counts per pixel, RING), and for some
+shells run.NNNNN.incomplete.npy, which says that the box did not cover the whole sky: such a shell is left out.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ import numpy as np
 
 from common.errors import UserError
 from data.ingest.born import Shells, born_weights, lost_share, parse_shells
-from data.schema import N_BINS, PARAM_NAMES
+from data.schema import PARAM_NAMES
 
 Z_VALUES = "z_values.txt"
 SHELL = re.compile(r"run\.(\d+)\.(lightcone|incomplete)\.npy")
 CHUNK = 1 << 20  # pixels at a time
 MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-MAX_LOST_SHARE = 0.01  # of a bin's lensing weight in shells that are not there
-IRRELEVANT_SHARE = 1e-6  # of it, below which a shell may be missing
+MAX_LOST_SHARE = 0.01  # of a bin's lensing weight, in incomplete shells
+IRRELEVANT_SHARE = 1e-6  # of a bin's lensing weight, below which a shell may be missing
 DENSITY_TOLERANCE = 0.1  # relative, of a shell's mean density against the others'
-DENSITY_CHECKED_FROM = 500.0  # [Mpc/h]; nearer shells are so small that their density varies by itself
+DENSITY_CHECKED_FROM = 500.0  # [Mpc/h]; the density of nearer, smaller shells varies naturally
 DAMAGES = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError)
 
 
 class BadSimulationError(UserError):
-    """What is wrong with one simulation, which can be left out."""
+    """A simulation cannot be used; the others can."""
 
 
 class _TooLate(Exception):
-    """Something in a tar file should have been known before the shells that stand before it were read."""
+    """A tar file has something after its shells that is needed before them."""
 
 
 def project_lightcone(source: Path, params: np.ndarray, z: np.ndarray, nz: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Convergence of the four bins from the shells of one simulation.
+    """Convergence in every bin from the shells of one simulation.
 
-    Takes the memory of four maps and one shell, in float32.
+    Takes the memory of a map per bin and one shell, in float32.
 
     Args:
         source: folder or tar file.
@@ -54,10 +54,10 @@ def project_lightcone(source: Path, params: np.ndarray, z: np.ndarray, nz: np.nd
         z, nz: as from read_nz.
 
     Returns:
-        kappa, float32 (4, 12 nside^2) in RING order, zero on average; and the steps left out as incomplete.
+        kappa, float32 (n_bins, 12 nside^2) in RING order, with mean zero; and the steps left out as incomplete.
 
     Raises:
-        BadSimulationError: something is missing, damaged, or not what it should be: names the file.
+        BadSimulationError: something is missing, damaged or inconsistent: names the file.
     """
     projection = _Projection(source, params, z, nz)
     try:
@@ -82,25 +82,25 @@ def project_lightcone(source: Path, params: np.ndarray, z: np.ndarray, nz: np.nd
 
 
 class _Projection:
-    """Adds shells as they come."""
+    """Adds up shells in whatever order they come."""
 
     def __init__(self, source: Path, params: np.ndarray, z: np.ndarray, nz: np.ndarray) -> None:
         self.source, self.params, self.z, self.nz = source, params, z, nz
         self.shells: Shells | None = None
-        self.weights = np.empty((N_BINS, 0))
+        self.weights = np.empty((len(nz), 0))
         self.density: dict[int, float] = {}  # by step: particles per (Mpc/h)^3
         self.incomplete: set[int] = set()
-        self.kappa = np.empty((N_BINS, 0), dtype=np.float32)
+        self.kappa = np.empty((len(nz), 0), dtype=np.float32)
         self.knows_all = False
 
     def learn(self, files: Iterator[tuple[str, IO[bytes]]]) -> None:
-        """Take what all the files say beside the shells, before any shell is added."""
+        """Read everything but the shells, before any shell is added."""
         for name, file in files:
             self._notice(name, file)
         self.knows_all = True
 
     def _notice(self, name: str, file: IO[bytes]) -> int | None:
-        """Take what a file says, if it is not a shell's counts; else the shell's step."""
+        """The step of a shell's counts; any other file is read, and None returned."""
         if name == Z_VALUES and self.shells is None:
             text = file.read().decode(errors="replace")
             self.shells = parse_shells(text, f"{self.source}/{Z_VALUES}", self.params)
@@ -116,7 +116,7 @@ class _Projection:
         return step
 
     def add_all(self, files: Iterator[tuple[str, IO[bytes]]]) -> None:
-        """Add every shell that counts."""
+        """Add every complete shell that has lensing weight."""
         for name, file in files:
             step = self._notice(name, file)
             if step is None or step in self.incomplete:
@@ -128,7 +128,7 @@ class _Projection:
             if step not in self.shells.step:
                 raise BadSimulationError(f"{self.source}/{name}: {Z_VALUES} has no step {step}; download it again")
             if step in self.density:
-                raise BadSimulationError(f"{self.source}/{name} is there twice; download it again")
+                raise BadSimulationError(f"{self.source}/{name} is in it twice; download it again")
             k = int(np.argmax(self.shells.step == step))
             if self.weights[:, k].max() > 0:
                 self._add(k, name, file)
@@ -137,7 +137,7 @@ class _Projection:
         assert self.shells is not None
         counts = read_counts(file, f"{self.source}/{name}")
         if self.kappa.shape[1] == 0:
-            self.kappa = np.zeros((N_BINS, len(counts)), dtype=np.float32)
+            self.kappa = np.zeros((len(self.nz), len(counts)), dtype=np.float32)
         if len(counts) != self.kappa.shape[1]:
             raise BadSimulationError(
                 f"{self.source}/{name} has {len(counts)} pixels, the shells before it {self.kappa.shape[1]}; "
@@ -148,14 +148,14 @@ class _Projection:
             raise BadSimulationError(f"{self.source}/{name} has no particles, or negative ones; download it again")
         self.density[int(self.shells.step[k])] = total / self.shells.volume[k]
         mean, weight = total / len(counts), self.weights[:, k].astype(np.float32)
-        for start in range(0, len(counts), CHUNK):  # so few pixels at a time stay in the processor's cache
+        for start in range(0, len(counts), CHUNK):  # so that the pixels stay in the processor's cache
             chunk = slice(start, start + CHUNK)
             delta = counts[chunk] * np.float32(1 / mean) - np.float32(1)  # (CHUNK,)
             for bin_kappa, of_bin in zip(self.kappa, weight, strict=True):
                 bin_kappa[chunk] += of_bin * delta
 
     def finish(self) -> tuple[np.ndarray, list[int]]:
-        """The sum, once it has proved complete."""
+        """The sum, after checking that it is complete."""
         if self.shells is None:
             raise BadSimulationError(f"{self.source} has no {Z_VALUES}; download it again")
         step = self.shells.step
@@ -172,13 +172,13 @@ class _Projection:
             names = ", ".join(map(str, sorted(step[absent & (share > IRRELEVANT_SHARE)])))
             raise BadSimulationError(
                 f"{self.source}: the incomplete shells (steps {names}) carry {100 * lost:.1f} % of a bin's lensing "
-                "weight; its convergence would be too weak, so give nearer sources as --nz or leave it out"
+                "weight; its convergence would be too weak, so give nearer sources as --nz, or exclude it with --sims"
             )
         self._compare_densities()
         return self.kappa, sorted(int(s) for s in step[marked & (share > IRRELEVANT_SHARE)])
 
     def _compare_densities(self) -> None:
-        """Raise BadSimulationError if a shell has another density than the rest: its counts are of another shell."""
+        """Raise BadSimulationError if a shell's density differs from the rest: its counts belong to another shell."""
         assert self.shells is not None
         far = [
             int(s)
@@ -210,12 +210,12 @@ def _files(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
                 opened = archive.extractfile(member)
                 if opened is not None:
                     yield PurePosixPath(member.name).name, opened
-        while stream.read(CHUNK):  # to the end, where the checksum stands
+        while stream.read(CHUNK):  # to the end, where the checksum is
             pass
 
 
 def _decompressed(source: Path) -> IO[bytes]:
-    """A file opened through what undoes its compression, if it has one."""
+    """A file, opened through its decompressor if it is compressed."""
     with open(source, "rb") as file:
         start = file.read(max(map(len, MAGIC)))
     for magic, opener in MAGIC.items():
@@ -225,10 +225,10 @@ def _decompressed(source: Path) -> IO[bytes]:
 
 
 def read_counts(file: IO[bytes], name: str) -> np.ndarray:
-    """Counts of one shell from an npy file that is read as a stream, float32 (12 nside^2).
+    """Counts of one shell, float32 (12 nside^2), from an npy file that is read as a stream.
 
     Raises:
-        BadSimulationError: the file is no HEALPix map in npy format, or ends too early.
+        BadSimulationError: the file is not a HEALPix map in npy format, or ends too early.
     """
     with _named(name):
         version = np.lib.format.read_magic(file)
@@ -237,7 +237,7 @@ def read_counts(file: IO[bytes], name: str) -> np.ndarray:
         n_pixels = int(np.prod(shape))
         nside = round((n_pixels / 12) ** 0.5)
         if dtype.kind not in "iuf" or 12 * nside**2 != n_pixels or nside & (nside - 1) or n_pixels != max(shape):
-            raise ValueError(f"{dtype} {shape} is no HEALPix map")
+            raise ValueError(f"{dtype} {shape} is not a HEALPix map")
         counts = np.empty(n_pixels, dtype=np.float32)
         for start in range(0, n_pixels, CHUNK):
             n = min(CHUNK, n_pixels - start)
@@ -246,7 +246,7 @@ def read_counts(file: IO[bytes], name: str) -> np.ndarray:
                 raise ValueError(f"ends after {start + len(content) // dtype.itemsize} of {n_pixels} pixels")
             counts[start : start + n] = np.frombuffer(content, dtype=dtype)
         if file.read(1):
-            raise ValueError(f"goes on after {n_pixels} pixels")
+            raise ValueError(f"has more than {n_pixels} pixels")
     return counts
 
 

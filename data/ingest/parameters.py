@@ -10,21 +10,18 @@ import numpy as np
 from common.errors import UserError
 from data.schema import PARAM_NAMES, s8_of
 
+HEADER_ROWS = 2  # the second has the names of the columns
 SIM_ID_COLUMN = "Serial Number"
-# Columns of the table, which has two header rows, the second with these names. S8 follows from two of them.
-COLUMNS = {
-    "Omega_m": "Omega_m", "sigma_8": "sigma_8", "w": "w", "h": "little_h", "n_s": "n_s", "Omega_b": "Omega_b",
-    "m_nu": "m_nu",
-}  # fmt: skip
-HEADER_ROWS = 2
+COLUMN_OF = {"h": "little_h"}  # the other parameters have their own names; S8 follows from sigma_8 and Omega_m
+COLUMNS = {name: COLUMN_OF.get(name, name) for name in PARAM_NAMES if name != "S8"}
 
 
 def read_parameters(path: Path) -> dict[int, np.ndarray]:
-    """Cosmology of every simulation: sim_id -> float64 (8,) in the order of PARAM_NAMES.
+    """Parameters of every simulation: sim_id -> float64 (8,) in the order of PARAM_NAMES.
 
     Raises:
-        UserError: the table is missing, lacks a column, repeats a simulation, or holds what is no number; names the
-            line and the cure.
+        UserError: the table is missing, lacks a column, repeats a simulation, or has a cell that is not a number; names
+            the line and the cure.
     """
     try:
         rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
@@ -40,19 +37,19 @@ def read_parameters(path: Path) -> dict[int, np.ndarray]:
     for number, row in enumerate(rows[HEADER_ROWS:], start=HEADER_ROWS + 1):
         if not any(cell.strip() for cell in row):
             continue
-        cells = dict(zip(names, row, strict=False))
+        where, cells = f"--params {path}, line {number}", dict(zip(names, row, strict=False))
         try:
             sim_id = int(cells[SIM_ID_COLUMN])
             value = {name: float(cells[column]) for name, column in COLUMNS.items()}
         except (KeyError, ValueError):
-            raise UserError(f"--params {path}, line {number}: a cell is empty or no number; mend the table") from None
+            raise UserError(f"{where}: a cell is empty or not a number; correct the table") from None
         value["S8"] = float(s8_of(np.array(value["sigma_8"]), np.array(value["Omega_m"])))
-        of_sim = np.array([value[name] for name in PARAM_NAMES])
-        if not np.isfinite(of_sim).all() or value["Omega_m"] <= 0:
-            raise UserError(f"--params {path}, line {number}: a cell is not a sensible number; mend the table")
+        parameters_of_sim = np.array([value[name] for name in PARAM_NAMES])
+        if not np.isfinite(parameters_of_sim).all() or value["Omega_m"] <= 0:
+            raise UserError(f"{where}: a cell is infinite, NaN, or Omega_m <= 0; correct the table")
         if sim_id in parameters:
-            raise UserError(f"--params {path}, line {number}: simulation {sim_id} stands there twice; mend the table")
-        parameters[sim_id] = of_sim
+            raise UserError(f"{where}: simulation {sim_id} is in the table twice; correct the table")
+        parameters[sim_id] = parameters_of_sim
     if not parameters:
         raise UserError(f"--params {path} has no simulation in it; give gower_street_runs.csv")
     return parameters

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import healpy
 import numpy as np
+import pyarrow.parquet as pq
 
-from data.ingest.config import Ordering, PixelWindow, SkyGeometry
+from common.errors import UserError
+from data.ingest.config import IngestConfig
 from data.ingest.download import download
 from data.ingest.lightcone import BadSimulationError, project_lightcone
 from data.ingest.maps import read_kappa_maps
@@ -21,10 +23,25 @@ from data.sphere.pixel_window import pixel_window
 from data.sphere.tiles import tiles_of_alm
 from data.write_shards import open_shard
 
-# Of the analysis: alms up to lmax <= 2 nside are then good to 1e-4 (none: 6e-4; three: 1e-6).
+# Of map2alm: alms up to lmax <= 2 nside are then accurate to 1e-4 (without any: 6e-4; with three: 1e-6).
 ITERATIONS = 1
-# Multipoles are fitted up to here at least (or 2 nside), so that what else is made does not touch the tiles of an lmax.
+# A least-squares alm depends slightly on the largest multipole of the fit. Every map is fitted up to this one (or to
+# 2 nside if that is less), so that the tiles of one --lmax are the same whichever others are made with them.
 ANALYSED_LMAX = 1024
+
+
+@dataclass(frozen=True)
+class Output:
+    """A folder of tiles, with their lmax and noise level and the JSON text that is stored in every shard."""
+
+    lmax: int
+    noise_level: str
+    folder: str
+    description: str
+
+    def shard(self, sim_id: int) -> Path:
+        """Path of a simulation's shard; each has its own, so that it can be made, or replaced, alone."""
+        return Path(self.folder, f"shard_{sim_id:05d}.parquet")
 
 
 @dataclass(frozen=True)
@@ -32,33 +49,27 @@ class Job:
     """What a worker, here or in a container, needs to make the tiles of one simulation.
 
     Attributes:
-        sim_id: of the simulation.
-        params: (8,) in the order of PARAM_NAMES.
+        sim_id, params: the simulation's number and its parameters (8,) in the order of PARAM_NAMES.
         source: folder, file or URL.
-        kind: "lightcones" or "kappa maps".
         z, nz: as from read_nz; empty for maps.
-        shards: for every (lmax, noise level) the folder of its shards, and the JSON text that each carries.
-        geometry, ordering, pixel_window, seed: as in IngestConfig.
+        outputs: where the tiles go.
         downloads: folder on a disk with room for an archive.
+        config: all options.
     """
 
     sim_id: int
     params: np.ndarray
     source: str
-    kind: str
     z: np.ndarray
     nz: np.ndarray
-    shards: dict[tuple[int, str], tuple[str, str]]
-    geometry: SkyGeometry
-    ordering: Ordering
-    pixel_window: PixelWindow
-    seed: int
+    outputs: tuple[Output, ...]
     downloads: str
+    config: IngestConfig
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a simulation.
+    """What happened to a simulation.
 
     Attributes:
         problem: why it was left out; empty if its tiles are written.
@@ -70,85 +81,88 @@ class Outcome:
     incomplete: tuple[int, ...] = ()
 
 
-def shard_path(folder: str | Path, sim_id: int) -> Path:
-    """Every simulation has a shard of its own, so that each can be made and made again by itself."""
-    return Path(folder) / f"shard_{sim_id:05d}.parquet"
-
-
 def ingest(job: Job) -> Outcome:
-    """Write the shards of one simulation that are not there yet; what is wrong with it comes back as text."""
-    shards = {key: value for key, value in job.shards.items() if not shard_path(value[0], job.sim_id).exists()}
-    if not shards:
+    """Write the shards of one simulation that do not exist yet; a problem with the simulation comes back as text."""
+    missing = [output for output in job.outputs if not output.shard(job.sim_id).exists()]
+    if not missing:
         return Outcome(job.sim_id)
+    incomplete: list[int] = []
     try:
-        with _at_hand(job) as source:
-            if job.kind == "lightcones":
+        with _on_disk(job) as source:
+            if job.config.lightcones:
                 kappa, incomplete = project_lightcone(source, job.params, job.z, job.nz)
             else:
-                kappa, incomplete = read_kappa_maps(source, job.ordering), []
+                kappa = read_kappa_maps(source, job.config.ordering)
         nside = healpy.npix2nside(kappa.shape[1])
-        largest = max(lmax for lmax, _ in job.shards)  # also of those that are there: the same analysis, the same bits
-        top = min(2 * nside, max(largest, ANALYSED_LMAX))
-        if largest > 2 * nside:
-            raise BadSimulationError(
-                f"{job.source} has nside {nside}, which holds multipoles up to {2 * nside}; give a smaller --lmax than "
-                f"{largest}"
-            )
-        alm = alm_of_kappa(kappa, top, divide_window=_divides(job))
-        del kappa
-        _write_shards(replace(job, shards=shards), alm, top)
+        _check(job, len(kappa), nside)
+        # The same for all outputs, also on resuming with fewer: the same analysis gives the same bits.
+        lmax = min(2 * nside, max(ANALYSED_LMAX, *(output.lmax for output in job.outputs)))
+        alm = alm_of_kappa(kappa, lmax, divide_window=job.config.divides_window)
+        del kappa  # frees memory for the tiles
+        _write_shards(job, missing, alm, lmax)
     except BadSimulationError as error:
         return Outcome(job.sim_id, str(error))
     return Outcome(job.sim_id, "", tuple(incomplete))
 
 
-def _divides(job: Job) -> bool:
-    return job.pixel_window == "divide" or (job.pixel_window == "auto" and job.kind == "lightcones")
+def _check(job: Job, n_bins: int, nside: int) -> None:
+    """Raise BadSimulationError if maps with this number of bins and nside cannot become the tiles asked for."""
+    largest = max(output.lmax for output in job.outputs)
+    if largest > 2 * nside:
+        raise BadSimulationError(
+            f"{job.source} has nside {nside}, which holds multipoles up to {2 * nside}; give a smaller --lmax than "
+            f"{largest}"
+        )
+    for output in job.outputs:
+        try:
+            noise_cl(output.noise_level, n_bins)
+        except UserError as error:
+            raise BadSimulationError(f"{job.source}: {error}") from None
+        for shard in list(Path(output.folder).glob("shard_*.parquet"))[:1]:
+            if (others := pq.read_schema(shard).field("kappa").type.list_size) != n_bins:
+                raise BadSimulationError(f"{job.source} has {n_bins} bins, but the tiles in {shard} have {others}")
 
 
 def alm_of_kappa(kappa: np.ndarray, lmax: int, *, divide_window: bool) -> np.ndarray:
-    """Coefficients (4, n_alm) of full-sky maps (4, n_pixels) in RING order.
+    """Coefficients (n_bins, n_alm) of full-sky maps (n_bins, n_pixels) in RING order.
 
     Args:
-        kappa: of the four bins.
+        kappa: convergence in every bin.
         lmax: largest multipole, at most 2 nside.
-        divide_window: undo that a pixel holds the mean over its area, as counts per pixel do.
+        divide_window: correct for pixels that hold the mean over their area, as counts per pixel do.
     """
-    alm = np.stack([healpy.map2alm(one, lmax=lmax, iter=ITERATIONS, pol=False) for one in kappa])  # (4, n_alm)
+    alm = np.stack([healpy.map2alm(one, lmax=lmax, iter=ITERATIONS, pol=False) for one in kappa])  # (n_bins, n_alm)
     if divide_window:
         window = pixel_window(healpy.npix2nside(kappa.shape[1]), lmax)  # (lmax + 1,)
         alm = np.stack([healpy.almxfl(one, 1 / window) for one in alm])
     return alm
 
 
-def _write_shards(job: Job, alm: np.ndarray, top: int) -> None:
-    """Rotate, cut and write: signal and one realisation of white noise, added up for every noise level.
+def _write_shards(job: Job, outputs: list[Output], alm: np.ndarray, alm_lmax: int) -> None:
+    """Rotate, cut and write: the signal alm (n_bins, n_alm), and one realisation of noise, scaled for every level."""
+    white = white_alm(len(alm), alm_lmax, np.random.default_rng([job.config.seed, job.sim_id]))
+    keys, params = tile_keys(job.sim_id), np.tile(job.params, (TILES_PER_SIM, 1))  # (12, 3), (12, 8)
+    for lmax in sorted({output.lmax for output in outputs}):
+        signal, noise = (_cut(full, alm_lmax, lmax, job.config.geometry) for full in (alm, white))
+        for output in (output for output in outputs if output.lmax == lmax):
+            sigma = np.sqrt(noise_cl(output.noise_level, len(alm))).astype(np.float32)[:, None, None]  # (n_bins, 1, 1)
+            with open_shard(output.shard(job.sim_id), {INGEST_KEY: output.description}) as shard:
+                shard.write(signal + sigma * noise, keys, params, output.noise_level)
 
-    Args:
-        alm: (4, n_alm) of the signal, up to ell = top.
-    """
-    white = white_alm(top, np.random.default_rng([job.seed, job.sim_id]))
-    keys = tile_keys(job.sim_id)
-    for lmax in sorted({lmax for lmax, _ in job.shards}):
-        nside = nside_of(lmax)
-        signal, noise = (
-            tiles_of_alm(np.stack(healpy.resize_alm(a, top, top, lmax, lmax)), lmax, nside, job.geometry)
-            for a in (alm, white)
-        )  # (12, 4, N, N) each
-        for level in (level for of, level in job.shards if of == lmax):
-            folder, description = job.shards[lmax, level]
-            sigma = np.sqrt(noise_cl(level)).astype(np.float32)[:, None, None]  # (4, 1, 1)
-            with open_shard(shard_path(folder, job.sim_id), {INGEST_KEY: description}) as shard:
-                shard.write(signal + sigma * noise, keys, np.tile(job.params, (TILES_PER_SIM, 1)), level)
+
+def _cut(alm: np.ndarray, alm_lmax: int, lmax: int, geometry: str) -> np.ndarray:
+    """Tiles, float32 (12, n_bins, N, N), with the multipoles up to lmax of an alm (n_bins, n_alm)."""
+    band = np.stack([healpy.resize_alm(one, alm_lmax, alm_lmax, lmax, lmax) for one in alm])
+    return tiles_of_alm(band, lmax, nside_of(lmax), geometry)
 
 
 @contextmanager
-def _at_hand(job: Job) -> Iterator[Path]:
-    """The source as a file or folder here. What is downloaded for it is deleted once it was read, or proved damaged."""
+def _on_disk(job: Job) -> Iterator[Path]:
+    """The source as a file or folder. A download is deleted once it has been read, or has proved damaged."""
     if "://" not in job.source:
         path = Path(job.source)
         if not path.exists():
-            raise BadSimulationError(f"{path} is not there")
+            raise BadSimulationError(f"{path} does not exist")
         yield path
         return
     path = Path(job.downloads, job.source.rsplit("/", 1)[1])

@@ -1,14 +1,14 @@
-"""Many simulations to the shards of a suite: what is to be done, by worker processes, and what was left out."""
+"""Many simulations to the shards of a suite, by worker processes here or by containers, and what was left out."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,67 +16,74 @@ import numpy as np
 
 from common.artifacts import tiles_folder, write_json
 from common.errors import UserError, warn
-from common.interrupt import result_of
 from common.lock import exclusive
 from common.machine import free_memory, usable_cores
 from common.progress import Progress
 from common.versions import COMMIT
-from common.workers import worker_pool
 from data.config import FIDUCIAL_SIM_ID
 from data.ingest.config import IngestConfig
 from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
-from data.ingest.simulation import Job, Outcome, ingest, shard_path
-from data.pictures import draw_suite
-from data.schema import FOM_PARAMS, N_BINS, TILES_PER_SIM, columns_of
-from data.shard_metadata import ORIENTATIONS_KEY
-from data.sky import ORIENTATIONS
-from data.suite_folder import end_restart, finished_shards
+from data.ingest.simulation import Job, Outcome, Output, ingest
+from data.schema import TILES_PER_SIM, noise_cl
+from data.suite_folder import describe, finish_suite, finished_shards
+from data.workers import in_order, worker_pool
 
 SIM_NAME = re.compile(r"sim_?0*(\d+)", re.IGNORECASE)  # sim00042, sim00042.tar.gz, kappa_sim42.fits
 ARCHIVE_NAME = "sim{:05d}.tar.gz"  # as the Gower Street site serves them
 SUMMARY_NAME = "ingest.json"
-DOWNLOADS = "downloads"  # below --results-dir; an archive lies there until it was read
-# What a worker takes at nside 2048: four maps and a shell in float32, and the transform of one in double precision.
+DOWNLOADS = "downloads"  # below --results-dir; an archive stays there until it has been read
+LOCAL_DISK = "/tmp/downloads"  # likewise in a container: not on the Volume
+# A worker's memory at nside 2048: four maps and a shell in float32, and the transform of one in double precision.
 WORKER_MEMORY = 3 * 1024**3
 
 
-def plan(config: IngestConfig) -> list[Job]:
-    """A job for every simulation that is wanted and there.
+@dataclass(frozen=True)
+class IngestPlan:
+    """The simulations that become tiles, and how; the user's tables have been read, and travel with the jobs."""
+
+    config: IngestConfig
+    jobs: list[Job]
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The folders of tiles, the same for all jobs."""
+        return self.jobs[0].outputs
+
+
+def plan(config: IngestConfig) -> IngestPlan:
+    """Read the tables and find the simulations; for a container, `config.results_dir` is where its Volume is mounted.
 
     Raises:
-        UserError: an option or a file that cannot be meant so.
+        UserError: an option or a file is unusable.
     """
     parameters = read_parameters(Path(config.params))
-    z, nz = read_nz(Path(config.nz)) if config.nz else (np.empty(0), np.empty((N_BINS, 0)))
-    shards = {
-        (lmax, level): (str(tiles_folder("", config.results_dir, lmax, level)), _description(config, lmax, level, nz))
-        for lmax, level in config.configurations
+    z, nz = read_nz(Path(config.nz)) if config.nz else (np.empty(0), np.empty((0, 0)))
+    options = {
+        "made_from": config.kind,
+        "pixel_window": config.pixel_window,
+        "seed": config.seed,
+        "nz_sha256": hashlib.sha256(np.ascontiguousarray(nz, dtype="<f8").tobytes()).hexdigest(),
     }
-    return [
-        Job(
-            sim_id=sim_id,
-            params=parameters[sim_id],
-            source=source,
-            kind=config.kind,
-            z=z,
-            nz=nz,
-            shards=shards,
-            geometry=config.geometry,
-            ordering=config.ordering,
-            pixel_window=config.pixel_window,
-            seed=config.seed,
-            downloads=str(Path(config.results_dir, DOWNLOADS)),
-        )
-        for sim_id, source in find_sources(config, parameters).items()
-    ]
+    outputs = []
+    for lmax, level in config.configurations:
+        if config.nz:
+            noise_cl(level, len(nz))  # refuses a survey with other bins
+        folder = tiles_folder("", config.results_dir, lmax, level)
+        description = describe(config.geometry, {**options, "lmax": lmax, "noise_level": level})
+        outputs.append(Output(lmax, level, str(folder), description))
+    downloads = str(Path(config.results_dir, DOWNLOADS))
+    found = find_sources(config, parameters)
+    return IngestPlan(
+        config, [Job(n, parameters[n], found[n], z, nz, tuple(outputs), downloads, config) for n in found]
+    )
 
 
 def find_sources(config: IngestConfig, parameters: dict[int, np.ndarray]) -> dict[int, str]:
-    """Where every wanted simulation lies, by sim_id.
+    """Path or URL of every simulation to be used, by sim_id.
 
     Raises:
-        UserError: there is none, two have the same number, or one is not in the table.
+        UserError: there are none, two have the same number, or one is not in the table.
     """
     wanted = config.sim_list
     if "://" in config.lightcones:
@@ -85,91 +92,101 @@ def find_sources(config: IngestConfig, parameters: dict[int, np.ndarray]) -> dic
     else:
         pattern = config.kappa_maps or f"{glob.escape(config.lightcones)}/*"
         found = {}
-        for path in sorted(glob.glob(pattern)):  # noqa: PTH207  (the pattern is absolute or not, as the user likes)
+        for path in sorted(glob.glob(pattern)):  # noqa: PTH207  (Path.glob takes no absolute patterns)
             match = SIM_NAME.search(Path(path).name)
             if match is None or (wanted is not None and int(match[1]) not in wanted):
                 continue
             if (other := found.setdefault(int(match[1]), path)) != path:
-                raise UserError(f"{path} and {other} are both simulation {match[1]}; take one of them away")
+                raise UserError(f"{path} and {other} are both simulation {match[1]}; remove one of them")
         if not found:
-            raise UserError(f"no sim00001, sim00002.tar.gz or the like in {pattern}; give where the simulations lie")
+            raise UserError(f"no sim00001, sim00002.tar.gz or the like in {pattern}; give the folder of simulations")
         for sim_id in sorted(set(wanted or ()) - set(found)):
             warn(f"simulation {sim_id} is not in {pattern}")
     if unknown := [sim_id for sim_id in found if sim_id not in parameters]:
-        raise UserError(f"--params {config.params} has no simulation {unknown[0]}; give the table that belongs to them")
+        raise UserError(f"--params {config.params} has no simulation {unknown[0]}; give the table of this suite")
     return found
 
 
-def _description(config: IngestConfig, lmax: int, noise_level: str, nz: np.ndarray) -> str:
-    """The JSON text that every shard carries: what determines the tiles, and where they lie."""
-    content = {
-        "made_from": config.kind,
-        "lmax": lmax,
-        "noise_level": noise_level,
-        "geometry": config.geometry,
-        "pixel_window": config.pixel_window,
-        "seed": config.seed,
-        "nz_sha256": hashlib.sha256(np.ascontiguousarray(nz, dtype="<f8").tobytes()).hexdigest(),
-        ORIENTATIONS_KEY: ORIENTATIONS[config.geometry],
-    }
-    return json.dumps(content, sort_keys=True)
-
-
-def run_ingest(config: IngestConfig) -> dict[str, Any]:
-    """Make the tiles of every simulation that has none yet, on this machine.
+def run_ingest(plan: IngestPlan, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Make the missing tiles of every simulation, on this machine.
 
     Returns:
-        as summarise.
+        as _summarise.
 
     Raises:
-        UserError: bad options or files; with --strict, anything that is wrong with a simulation.
+        UserError: a folder holds other tiles or cannot be written; with --strict, a simulation cannot be used.
     """
     start = time.monotonic()
-    jobs = plan(config)
     with ExitStack() as held:
-        for folder, _ in jobs[0].shards.values():
-            held.enter_context(exclusive(Path(folder)))
-        outcomes = _worked_off(config, unfinished(jobs, config.restart))
-        return summarise(jobs, outcomes, time.monotonic() - start)
+        for output in plan.outputs:
+            held.enter_context(exclusive(Path(output.folder)))
+        jobs = _unfinished(plan)
+        n_workers = plan.config.workers or max(1, min(usable_cores(), free_memory() // WORKER_MEMORY))
+        n_workers = min(n_workers, len(jobs))
+        if n_workers <= 1:
+            outcomes = _collect(map(ingest, jobs), plan.config.strict, len(jobs))
+        else:
+            with worker_pool(n_workers) as pool:
+                outcomes = _collect(in_order(pool, ingest, jobs, ahead=len(jobs)), plan.config.strict, len(jobs))
+        result = _summarise(plan, outcomes, start)
+    on_checkpoint()
+    return result
 
 
-def unfinished(jobs: list[Job], restart: bool) -> list[Job]:
-    """The jobs with a shard to write; makes their folders, and with --restart empties them.
+def ingest_side_by_side(
+    plan: IngestPlan, on_checkpoint: Callable[[], None], run_all: Callable[[str, list[Job]], Iterator[Any]]
+) -> dict[str, Any]:
+    """As run_ingest, but led by one container, with another for every simulation.
+
+    No lock is held: its open file would keep the Volume from being reloaded.
+
+    Args:
+        plan: of simulations that are served under a URL.
+        on_checkpoint: commits the Volume.
+        run_all: calls a function for every job in a container of its own, and yields results or exceptions in any
+            order; it commits the Volume at its start and reloads it at its end.
+    """
+    start = time.monotonic()
+    if "://" not in plan.config.lightcones:
+        raise UserError("on Modal, give the URL that serves the simulations as --lightcones")
+    jobs = _unfinished(plan)
+    outcomes = run_all("data.ingest.suite.ingest_in_container", jobs)
+    result = _summarise(plan, _collect(outcomes, plan.config.strict, len(jobs)), start)
+    on_checkpoint()
+    return result
+
+
+def ingest_in_container(job: Job, on_checkpoint: Callable[[], None]) -> Outcome:
+    """One simulation: downloaded to the container's own disk, its tiles written to the Volume."""
+    outcome = ingest(replace(job, downloads=LOCAL_DISK))
+    on_checkpoint()
+    return outcome
+
+
+def _unfinished(plan: IngestPlan) -> list[Job]:
+    """The jobs with a shard to write; creates the folders, and empties them with --restart.
 
     Raises:
         UserError: a folder holds other tiles, or cannot be written.
     """
-    finished = {
-        path
-        for folder, description in jobs[0].shards.values()
-        for path in finished_shards(Path(folder), description, restart)
-    }
-    return [
-        job for job in jobs if any(shard_path(folder, job.sim_id) not in finished for folder, _ in job.shards.values())
-    ]
+    finished: set[Path] = set()
+    for output in plan.outputs:
+        finished |= finished_shards(Path(output.folder), output.description, plan.config.restart)
+    return [job for job in plan.jobs if any(output.shard(job.sim_id) not in finished for output in job.outputs)]
 
 
-def _worked_off(config: IngestConfig, jobs: list[Job]) -> list[Outcome]:
-    if not jobs:
-        return []
-    n_workers = config.workers or max(1, min(usable_cores(), free_memory() // WORKER_MEMORY))
-    n_workers = min(n_workers, len(jobs))
-    if n_workers == 1:
-        return collected(map(ingest, jobs), config.strict, len(jobs))
-    with worker_pool(n_workers) as pool:
-        futures = [pool.submit(ingest, job) for job in jobs]
-        return collected(map(result_of, futures), config.strict, len(jobs))
-
-
-def collected(outcomes: Iterable[Outcome], strict: bool, n_jobs: int) -> list[Outcome]:
-    """Outcomes as they come, with what is wrong said at once.
+def _collect(outcomes: Iterable[Outcome | Exception], strict: bool, n_jobs: int) -> list[Outcome]:
+    """All outcomes; every problem is printed when it arrives.
 
     Raises:
         UserError: with --strict, at the first simulation that cannot be used.
+        Exception: the one in an outcome's place.
     """
     found = []
     with Progress("ingesting", n_jobs, "simulations") as progress:
         for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
             if outcome.problem and strict:
                 raise UserError(f"{outcome.problem} (simulation {outcome.sim_id}; without --strict it is left out)")
             if outcome.problem:
@@ -179,36 +196,27 @@ def collected(outcomes: Iterable[Outcome], strict: bool, n_jobs: int) -> list[Ou
     return found
 
 
-def summarise(jobs: list[Job], outcomes: list[Outcome], elapsed_s: float) -> dict[str, Any]:
-    """Write ingest.json and suite.png beside the shards; to be called when all jobs are done.
-
-    Args:
-        jobs: all.
-        outcomes: of those that were not finished before.
-        elapsed_s: since the command began.
+def _summarise(plan: IngestPlan, outcomes: list[Outcome], start: float) -> dict[str, Any]:
+    """Write ingest.json and suite.png beside the shards, once all jobs are done.
 
     Returns:
         folders, n_sims (that have all their shards), n_tiles (per folder), left_out (reason by sim_id), incomplete
         (steps by sim_id), elapsed_s, commit.
     """
-    folders = [Path(folder) for folder, _ in jobs[0].shards.values()]
-    complete = set.intersection(*({path.name for path in folder.glob("shard_*.parquet")} for folder in folders))
+    folders = [Path(output.folder) for output in plan.outputs]
+    n_sims = len(set.intersection(*({path.name for path in folder.glob("shard_*.parquet")} for folder in folders)))
     result = {
         "folders": [str(folder) for folder in folders],
-        "n_sims": len(complete),
-        "n_tiles": len(complete) * TILES_PER_SIM,
+        "n_sims": n_sims,
+        "n_tiles": n_sims * TILES_PER_SIM,
         "left_out": {str(o.sim_id): o.problem for o in outcomes if o.problem},
         "incomplete": {str(o.sim_id): list(o.incomplete) for o in outcomes if o.incomplete},
-        "elapsed_s": round(elapsed_s, 1),
+        "elapsed_s": round(time.monotonic() - start, 1),
         "commit": COMMIT,
     }
-    params = {shard_path("", job.sim_id).name: job.params for job in jobs}
-    for folder in folders:
-        if shards := sorted(path for path in folder.glob("shard_*.parquet") if path.name in params):
-            theta = columns_of(np.array([params[path.name] for path in shards]), FOM_PARAMS)  # (n_sims, 2)
-            fiducial = params.get(shard_path("", FIDUCIAL_SIM_ID).name)
-            star = None if fiducial is None else columns_of(fiducial, FOM_PARAMS)
-            draw_suite(shards[0], theta, star, folder / "suite.png")
+    fiducial = next((job.params for job in plan.jobs if job.sim_id == FIDUCIAL_SIM_ID), None)
+    for output, folder in zip(plan.outputs, folders, strict=True):
         write_json(folder / SUMMARY_NAME, result)
-        end_restart(folder)
+        if params := [job.params for job in plan.jobs if output.shard(job.sim_id).exists()]:
+            finish_suite(folder, np.stack(params), fiducial)
     return result

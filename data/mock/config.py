@@ -18,23 +18,23 @@ Vary = Literal["all", "Omega_m,S8"]
 class MockConfig(TileOptions, SeedOptions):
     """Build a mock tomographic lensing suite: shards of tiles with known cosmology."""
 
-    n_sims: int = option(791, "number of simulations, the fiducial one among them", above=0)
+    n_sims: int = option(791, "number of simulations, including the fiducial one", above=0)
     geometry: Geometry = option(
         "disjoint",
         "where the twelve tiles lie: disjoint patches, the overlapping ones of the published suite, or (flat) twelve "
         "independent periodic squares, whose posterior is known exactly",
     )
     field: Field = option("lognormal", "statistics of the convergence field")
-    vary: Vary = option("all", "parameters that vary; the others stay at the fiducial")
+    vary: Vary = option("all", "parameters that vary; the others keep their fiducial values")
     fresh: bool = option(
-        False, "other cosmologies and skies from the same prior, without the fiducial, into {results-dir}/fresh_tiles"
+        False, "new cosmologies and skies from the same prior, without the fiducial, in {results-dir}/fresh_tiles"
     )
     workers: int = option(0, "worker processes (0: one per core); the tiles do not depend on it", at_least=0)
-    fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "sim_id that is pinned to the fiducial cosmology", above=0)
+    fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "sim_id of the simulation with the fiducial cosmology", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.geometry == "flat" and self.field != "gaussian":
-            raise UserError("--geometry flat is made of Fourier modes, which are Gaussian; add --field gaussian")
+            raise UserError("--geometry flat has independent Fourier modes, which are Gaussian; add --field gaussian")
         if self.geometry != "flat" and self.nside & (self.nside - 1):
-            raise UserError(f"--nside {self.nside} is no power of two, which HEALPix needs; or take --geometry flat")
+            raise UserError(f"--nside {self.nside} is not a power of two, as HEALPix needs; or add --geometry flat")

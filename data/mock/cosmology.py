@@ -9,8 +9,9 @@ from data.mock.config import Vary
 from data.mock.theory import COSMO_NAMES
 from data.schema import PARAM_NAMES
 
-# Simulation 109 of the Gower Street suite (Jeffrey et al. 2024, arXiv:2403.02314), in the order of COSMO_NAMES.
+# Simulation 109 of the Gower Street suite (Jeffrey et al. 2024, arXiv:2403.02314).
 FIDUCIAL = {"Omega_m": 0.30066, "S8": 0.80555, "w": -0.679, "h": 0.683, "n_s": 0.9713, "Omega_b": 0.0480, "m_nu": 0.06}
+FIDUCIAL_COSMO = np.array([FIDUCIAL[name] for name in COSMO_NAMES])  # (7,)
 
 # The rest describes the table of the 791 published simulations. Simulations per 0.05 of S8 from 0.50 to 1.00:
 S8_EDGES = np.linspace(0.50, 1.00, 11)
@@ -22,15 +23,15 @@ H_MEAN, H_STD = 0.702, 0.0245
 N_S_MEAN, N_S_STD = 0.965, 0.0064
 OMEGA_B_H2_MEAN, OMEGA_B_H2_STD = 0.0224, 0.0001
 M_NU_FRACTION_AT_MINIMUM, M_NU_RANGE = 0.24, (0.06, 0.14)  # [eV]; the others log-uniform
-TAIL = 3.5  # normal parameters are cut at so many standard deviations, inside the theory table
+TAIL = 3.5  # standard deviations at which normal parameters are cut, inside the theory table
 
 
 def design(n_sims: int, seed: int, fiducial_sim_id: int | None, vary: Vary = "all") -> tuple[np.ndarray, np.ndarray]:
     """Simulation ids and their cosmologies.
 
-    Ids count from 1; where the fiducial one would not be among the first n_sims it takes the last
-    place. With None no simulation is pinned to the fiducial cosmology. A simulation's cosmology depends
-    on seed and id alone, so a small suite is part of a large one. Parameters that do not vary are the fiducial's.
+    Ids count from 1; a fiducial id beyond n_sims takes the last place. With None, no simulation has the fiducial
+    cosmology. A simulation's cosmology depends only on the seed and its id, so a small suite is part of a large one.
+    Parameters that do not vary have the fiducial value.
 
     Returns:
         sim_id int64 (n_sims,), and cosmologies float64 (n_sims, 7) in the order of COSMO_NAMES.
@@ -41,12 +42,12 @@ def design(n_sims: int, seed: int, fiducial_sim_id: int | None, vary: Vary = "al
     power = int(np.ceil(np.log2(sim_id[-1] + 1)))  # a Sobol sequence is balanced in powers of two, and nested
     u = qmc.Sobol(len(COSMO_NAMES), rng=np.random.default_rng(seed)).random_base2(power)[sim_id]
     cosmo = held_fixed(prior_quantile(u), vary)
-    cosmo[sim_id == fiducial_sim_id] = [FIDUCIAL[name] for name in COSMO_NAMES]
+    cosmo[sim_id == fiducial_sim_id] = FIDUCIAL_COSMO
     return sim_id, cosmo
 
 
 def prior_quantile(u: np.ndarray) -> np.ndarray:
-    """Points of the unit cube (n, 7) to cosmologies (n, 7) of the suite's prior, parameters independent."""
+    """Cosmologies (n, 7) of the suite's prior, in which the parameters are independent, from u (n, 7) in [0, 1)."""
     omega_m = _truncated_normal(u[:, 0], OMEGA_M_MEAN, OMEGA_M_STD, *OMEGA_M_RANGE)
     s8 = np.interp(u[:, 1], np.concatenate([[0], np.cumsum(S8_COUNTS)]) / S8_COUNTS.sum(), S8_EDGES)
     w = _w_quantile(u[:, 2])
@@ -59,11 +60,10 @@ def prior_quantile(u: np.ndarray) -> np.ndarray:
 
 
 def held_fixed(cosmo: np.ndarray, vary: Vary) -> np.ndarray:
-    """Cosmologies (n, 7) with the fiducial's value in every parameter that does not vary."""
+    """Cosmologies (n, 7) with the fiducial value in every parameter that does not vary."""
     if vary == "all":
         return cosmo
-    fixed = [FIDUCIAL[name] for name in COSMO_NAMES]
-    return np.where(np.isin(COSMO_NAMES, vary.split(",")), cosmo, fixed)
+    return np.where(np.isin(COSMO_NAMES, vary.split(",")), cosmo, FIDUCIAL_COSMO)
 
 
 def prior_density(theta: np.ndarray) -> np.ndarray:
@@ -83,9 +83,9 @@ def _truncated_normal(
 
 def _w_quantile(u: np.ndarray) -> np.ndarray:
     below = u < W_FRACTION_BELOW
-    low = 2 * norm.cdf((W_RANGE[0] + 1) / W_STD_BELOW)  # mass of the half-normal beyond the range, either side
+    low = 2 * norm.cdf((W_RANGE[0] + 1) / W_STD_BELOW)  # mass of each half-normal beyond the range
     high = 2 * norm.cdf(-(W_RANGE[1] + 1) / W_STD_ABOVE)
-    v_below = low + (1 - low) * np.minimum(u / W_FRACTION_BELOW, 1)  # 0..1 -> cumulative from far below up to -1
+    v_below = low + (1 - low) * np.minimum(u / W_FRACTION_BELOW, 1)  # cumulative, from far below up to -1
     v_above = (1 - high) * np.clip((u - W_FRACTION_BELOW) / (1 - W_FRACTION_BELOW), 0, 1)
     w_below = -1 + W_STD_BELOW * norm.ppf(np.clip(v_below / 2, 1e-12, 0.5))
     w_above = -1 + W_STD_ABOVE * norm.ppf(0.5 + v_above / 2)

@@ -17,6 +17,7 @@ from data.mock.cosmology import (
     prior_quantile,
 )
 from data.mock.flat import modes_of
+from data.mock.nz import N_BINS
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, cl_matrix, theory_cl_at
 from data.schema import noise_cl
 
@@ -96,7 +97,7 @@ def log_likelihood(cosmo: np.ndarray, powers: np.ndarray, noise_level: str, lmax
         (n_cosmo, n_tiles)
     """
     modes = modes_of(lmax, nside)
-    noise = np.diag(noise_cl(noise_level))
+    noise = np.diag(noise_cl(noise_level, N_BINS))
     twice_off_diagonal = np.array([1.0 if i == j else 2.0 for i, j in BIN_PAIRS])
     data = powers.reshape(len(powers), -1).T  # (10 * n_ell, n_tiles)
     out = np.empty((len(cosmo), len(powers)))

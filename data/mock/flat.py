@@ -14,8 +14,9 @@ import numpy as np
 import scipy.fft
 
 from data.mock.fields import covariance_root
+from data.mock.nz import N_BINS
 from data.mock.theory import BIN_PAIRS, theory_cl_at
-from data.schema import N_BINS, noise_cl
+from data.schema import noise_cl
 
 SIDE = np.sqrt(np.pi / 3)  # [rad]
 
@@ -63,9 +64,9 @@ def _coloured(root: np.ndarray, modes: Modes, n_tiles: int, rng: np.random.Gener
     a = scipy.fft.rfft2(white) / nside  # (n_tiles, 4, N, N // 2 + 1)
     row, col = np.nonzero(modes.inside)
     # A mode has the ell of its conjugate, which `half` may hold in its stead (they differ in the column of zeros).
-    twin = np.zeros(modes.half.shape, dtype=int)
-    twin[modes.half] = modes.group
-    group = np.where(modes.half, twin, twin[-np.arange(nside) % nside])[row, col]  # (n_inside,)
+    group = np.zeros(modes.half.shape, dtype=int)
+    group[modes.half] = modes.group
+    group = np.where(modes.half, group, group[-np.arange(nside) % nside])[row, col]  # (n_inside,)
     coloured = np.zeros_like(a)
     coloured[:, :, row, col] = np.einsum("kij,njk->nik", root[group], a[:, :, row, col])
     return coloured
@@ -83,7 +84,7 @@ def flat_tiles(
     """Independent tiles of one cosmology (7,), signal and noise: float32 (n_tiles, 4, N, N)."""
     modes = modes_of(lmax, nside)
     signal_root = covariance_root(theory_cl_at(cosmo, modes.ell)[0])  # (n_ell, 4, 4)
-    noise_root = np.broadcast_to(np.diag(np.sqrt(noise_cl(noise_level))), signal_root.shape)
+    noise_root = np.broadcast_to(np.diag(np.sqrt(noise_cl(noise_level, N_BINS))), signal_root.shape)
     a = _coloured(signal_root, modes, n_tiles, signal_rng) + _coloured(noise_root, modes, n_tiles, noise_rng)
     # irfft2 divides by N^2, which the sum over modes does not.
     return (scipy.fft.irfft2(a, s=(nside, nside)) * nside**2 / SIDE).astype(np.float32)  # (n_tiles, 4, N, N)

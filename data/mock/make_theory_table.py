@@ -1,4 +1,4 @@
-"""Make theory_table.npz from pyccl: `python -m data.mock.make_theory_table` (about 10 minutes on two cores).
+"""Make theory_table.npz from pyccl: `python -m data.mock.make_theory_table` (about 16 minutes on two cores).
 
 pyccl is a development dependency: `pip install pyccl`. The spectra are those of Eisenstein & Hu
 (1998, astro-ph/9709112) with the halofit of Takahashi et al. (2012, arXiv:1208.2701), Limber.
@@ -18,14 +18,7 @@ from scipy.stats import qmc
 from tqdm import tqdm
 
 from data.mock.nz import nz_of_bins
-from data.mock.theory import (
-    BIN_PAIRS,
-    COSMO_NAMES,
-    TABLE_PATH,
-    chebyshev_basis,
-    polynomial_exponents,
-    table_features,
-)
+from data.mock.theory import BIN_PAIRS, COSMO_NAMES, TABLE_PATH, chebyshev_basis, polynomial_exponents, table_features
 
 # The box in (Omega_m, S8, w, h, n_s, Omega_b h^2, m_nu [eV]): the suite's ranges with a margin.
 BOX_LOWER = np.array([0.115, 0.49, -1.82, 0.595, 0.940, 0.0217, 0.0595])
@@ -40,17 +33,15 @@ def ccl_universe(cosmo: np.ndarray) -> Any:
 
     omega_m, s8, w, h, n_s, omega_b, m_nu = cosmo
     sigma_8 = s8 / np.sqrt(omega_m / 0.3)
-    options = dict(transfer_function="eisenstein_hu", matter_power_spectrum="halofit")
-    # Omega_m counts the neutrinos, so what is left for cold matter depends on their density.
-    trial = pyccl.Cosmology(
-        Omega_c=omega_m - omega_b, Omega_b=omega_b, h=h, n_s=n_s, sigma8=sigma_8, w0=w, m_nu=m_nu, **options
-    )
-    omega_c = omega_m - omega_b - trial["Omega_nu_mass"]
-    return pyccl.Cosmology(Omega_c=omega_c, Omega_b=omega_b, h=h, n_s=n_s, sigma8=sigma_8, w0=w, m_nu=m_nu, **options)
+    options = dict(Omega_b=omega_b, h=h, n_s=n_s, sigma8=sigma_8, w0=w, m_nu=m_nu)
+    options |= dict(transfer_function="eisenstein_hu", matter_power_spectrum="halofit")
+    # Omega_m includes neutrinos, so the density of cold matter depends on theirs.
+    trial = pyccl.Cosmology(Omega_c=omega_m - omega_b, **options)
+    return pyccl.Cosmology(Omega_c=omega_m - omega_b - trial["Omega_nu_mass"], **options)
 
 
 def ccl_spectra(cosmo: np.ndarray) -> np.ndarray:
-    """C_ell of the ten pairs at ELL from pyccl, for one cosmology (7,): shape (10, n_ell)."""
+    """C_ell of the ten pairs of bins at ELL from pyccl, for one cosmology (7,): shape (10, n_ell)."""
     import pyccl
 
     universe = ccl_universe(cosmo)
@@ -60,7 +51,7 @@ def ccl_spectra(cosmo: np.ndarray) -> np.ndarray:
 
 
 def draw_box(n: int, seed: int) -> np.ndarray:
-    """n cosmologies (n, 7) from a Sobol sequence that fills the box."""
+    """Cosmologies (n, 7) from a Sobol sequence that fills the box."""
     u = qmc.Sobol(len(COSMO_NAMES), seed=seed).random(n)
     cosmo = BOX_LOWER + u * (BOX_UPPER - BOX_LOWER)
     cosmo[:, 5] /= cosmo[:, 3] ** 2  # Omega_b h^2 -> Omega_b
@@ -68,7 +59,7 @@ def draw_box(n: int, seed: int) -> np.ndarray:
 
 
 def main() -> None:
-    """Draw cosmologies, ask pyccl, fit, write."""
+    """Draw cosmologies, compute their spectra, fit, write."""
     cosmo = draw_box(N_COSMOLOGIES, SEED)
     with ProcessPoolExecutor() as pool:
         spectra = list(tqdm(pool.map(ccl_spectra, cosmo, chunksize=8), total=len(cosmo), desc="pyccl spectra"))

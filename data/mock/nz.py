@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import gammaln, xlogy  # scipy.stats takes longer to import than a worker process to start
 
-# DES-Y3-like: gamma distributions (design facts of the mock suite). Their auto-spectra lie within
-# a few per cent of those from the public DES Y1 shapes moved to the same means.
+# DES-Y3-like gamma distributions. Their auto-spectra lie within a few per cent of those from the public DES Y1 shapes
+# moved to the same means.
 NZ_MEAN = (0.34, 0.52, 0.74, 0.96)
 NZ_STD = (0.17, 0.13, 0.14, 0.24)
+N_BINS = len(NZ_MEAN)  # of the mock suite and its theory table; elsewhere the number of bins comes from the data
 
 
 def nz_of_bins(z: np.ndarray) -> np.ndarray:

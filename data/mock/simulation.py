@@ -1,4 +1,4 @@
-"""One simulation of the mock suite; imports little, because every worker process does."""
+"""One simulation of the mock suite. Every worker process imports this file, so it imports little."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from data.sphere.tiles import tiles_of_alm
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a worker needs to make the tiles of one simulation."""
+    """What determines the tiles of one simulation: its number and cosmology (7,), and options as in MockConfig."""
 
     sim_id: int
-    cosmo: np.ndarray  # (7,)
+    cosmo: np.ndarray
     field: str
     noise_level: str
     lmax: int
@@ -27,12 +27,12 @@ class Simulation:
     seed: int
 
 
-def simulate(simulation: Simulation) -> np.ndarray:
-    """The twelve tiles of one simulation, float32 (12, 4, N, N); depends on its argument alone."""
-    signal_seed, noise_seed = np.random.SeedSequence([simulation.seed, simulation.sim_id]).spawn(2)
-    signal_rng, noise_rng = np.random.default_rng(signal_seed), np.random.default_rng(noise_seed)
-    cosmo, noise_level, lmax, nside = (getattr(simulation, k) for k in ("cosmo", "noise_level", "lmax", "nside"))
-    if simulation.geometry == "flat":
-        return flat_tiles(cosmo, noise_level, lmax, nside, TILES_PER_SIM, signal_rng, noise_rng)
-    alm = signal_alm(cosmo, simulation.field, lmax, signal_rng) + noise_alm(noise_level, lmax, noise_rng)  # (4, n_alm)
-    return tiles_of_alm(alm, lmax, nside, simulation.geometry)
+def simulate(sim: Simulation) -> np.ndarray:
+    """The twelve tiles of one simulation, float32 (12, 4, N, N)."""
+    seeds = np.random.SeedSequence([sim.seed, sim.sim_id]).spawn(2)
+    signal_rng, noise_rng = map(np.random.default_rng, seeds)
+    if sim.geometry == "flat":
+        return flat_tiles(sim.cosmo, sim.noise_level, sim.lmax, sim.nside, TILES_PER_SIM, signal_rng, noise_rng)
+    signal = signal_alm(sim.cosmo, sim.field, sim.lmax, signal_rng)  # (4, n_alm)
+    noise = noise_alm(sim.noise_level, len(signal), sim.lmax, noise_rng)
+    return tiles_of_alm(signal + noise, sim.lmax, sim.nside, sim.geometry)

@@ -14,9 +14,10 @@ import numpy as np
 from scipy.interpolate import CubicSpline
 
 from common.errors import UserError
+from data.mock.nz import N_BINS
 
 TABLE_PATH = Path(__file__).with_name("theory_table.npz")
-BIN_PAIRS = tuple(combinations_with_replacement(range(4), 2))  # (0,0), (0,1) ... (3,3): ten pairs
+BIN_PAIRS = tuple(combinations_with_replacement(range(N_BINS), 2))  # (0,0), (0,1) ... (3,3): ten pairs
 # The order of the parameters everywhere in this package.
 COSMO_NAMES = ("Omega_m", "S8", "w", "h", "n_s", "Omega_b", "m_nu")
 
@@ -102,7 +103,7 @@ def theory_cl_at(cosmo: np.ndarray, ell: np.ndarray) -> np.ndarray:
 
 def cl_matrix(cl: np.ndarray) -> np.ndarray:
     """Ten pairs as symmetric matrices: (10, n_ell) -> (n_ell, 4, 4)."""
-    matrix = np.empty((cl.shape[-1], 4, 4))
+    matrix = np.empty((cl.shape[-1], N_BINS, N_BINS))
     for (i, j), row in zip(BIN_PAIRS, cl, strict=True):
         matrix[:, i, j] = matrix[:, j, i] = row
     return matrix

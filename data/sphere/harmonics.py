@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.schema import N_BINS, noise_cl
+from data.schema import noise_cl
 
 
 def ell_of_alm(lmax: int) -> np.ndarray:
@@ -15,29 +15,23 @@ def ell_of_alm(lmax: int) -> np.ndarray:
     return np.concatenate([np.arange(m, lmax + 1) for m in range(lmax + 1)])
 
 
-def white_alm(lmax: int, rng: np.random.Generator) -> np.ndarray:
-    """Coefficients (4, n_alm) of independent Gaussian skies with C_ell = 1 from ell = 0 on."""
-    draws = rng.standard_normal((N_BINS, len(ell_of_alm(lmax)), 2))
-    white = draws.view(np.complex128)[..., 0]  # (4, n_alm)
+def white_alm(n_bins: int, lmax: int, rng: np.random.Generator) -> np.ndarray:
+    """Coefficients (n_bins, n_alm) of independent Gaussian skies with C_ell = 1 from ell = 0 on."""
+    draws = rng.standard_normal((n_bins, len(ell_of_alm(lmax)), 2))
+    white = draws.view(np.complex128)[..., 0]  # (n_bins, n_alm)
     white /= np.sqrt(2)  # <|a|^2> = 1
     white[:, : lmax + 1] = white[:, : lmax + 1].real * np.sqrt(2)  # m = 0 is real
     return white
 
 
 def gaussian_alm(root: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Correlated Gaussian coefficients of the four bins with covariance root root^T.
-
-    Args:
-        root: (lmax + 1, 4, 4).
-        rng: source of the draws.
-
-    Returns:
-        alm (4, n_alm).
-    """
-    lmax = len(root) - 1
-    return np.einsum("aij,ja->ia", root[ell_of_alm(lmax)], white_alm(lmax, rng))  # a: coefficient
+    """Coefficients (n_bins, n_alm) of Gaussian skies with covariance root root^T: root (lmax + 1, n_bins, n_bins)."""
+    n_ell, n_bins, _ = root.shape
+    white = white_alm(n_bins, n_ell - 1, rng)
+    return np.einsum("aij,ja->ia", root[ell_of_alm(n_ell - 1)], white)  # a: coefficient
 
 
-def noise_alm(noise_level: str, lmax: int, rng: np.random.Generator) -> np.ndarray:
-    """Shape noise of one sky, (4, n_alm): flat spectra from ell = 0 on, the same as white noise per pixel."""
-    return np.sqrt(noise_cl(noise_level))[:, None] * white_alm(lmax, rng)  # bins have independent galaxies
+def noise_alm(noise_level: str, n_bins: int, lmax: int, rng: np.random.Generator) -> np.ndarray:
+    """Shape noise of one sky, (n_bins, n_alm): flat spectra from ell = 0 on, the same as white noise per pixel."""
+    power = noise_cl(noise_level, n_bins)
+    return np.sqrt(power)[:, None] * white_alm(n_bins, lmax, rng)  # bins have independent galaxies

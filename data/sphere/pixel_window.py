@@ -1,4 +1,4 @@
-"""How much of each multipole survives the averaging over HEALPix pixels."""
+"""How much of each multipole survives averaging over HEALPix pixels."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import ducc0
 import numpy as np
 from scipy.special import j0
 
-# The window of nside and ell depends on ell / nside alone, but for the curvature of the sky, so that it is worked out
-# for one nside. (healpy has tables of it, which it downloads when they are first wanted.)
+# Apart from the curvature of the sky, the window depends on ell / nside alone, so one nside serves all. (healpy has
+# tables of it, but downloads them on first use.)
 NSIDE = 16
 POINTS = 16  # per side of a pixel
-FACES = (0, 4)  # a polar and an equatorial base face; the others are the same, turned or mirrored
+FACES = (0, 4)  # a polar and an equatorial base face; the others are rotations or reflections of these
 SHARE_OF_FACES = (8 / 12, 4 / 12)
 N_SEPARATIONS = 2000
 
 
 @cache
 def _separations() -> tuple[np.ndarray, np.ndarray]:
-    """Distances of two points in a pixel, in units of 1 / nside, and how often each occurs: (n,), (n,)."""
+    """Distances between two points in a pixel, in units of 1 / nside, and how often each occurs: (n,), (n,)."""
     base = ducc0.healpix.Healpix_Base(NSIDE * POINTS, "NEST")
     counts = np.zeros(N_SEPARATIONS)
-    edges = np.linspace(0, 4 / NSIDE, N_SEPARATIONS + 1)  # pixels are about 1 / nside wide, a few of them long
+    edges = np.linspace(0, 4 / NSIDE, N_SEPARATIONS + 1)  # most pixels are about 1 / nside wide, a few are longer
     for face, share in zip(FACES, SHARE_OF_FACES, strict=True):
-        # In NEST order the points of a pixel follow each other.
+        # In NEST order the points of a pixel are consecutive.
         pixels = np.arange(NSIDE**2 * POINTS**2) + face * NSIDE**2 * POINTS**2
         points = base.pix2ang(pixels)  # (n, 2): colatitude, longitude
         sin = np.sin(points[:, 0])
@@ -34,15 +34,15 @@ def _separations() -> tuple[np.ndarray, np.ndarray]:
             counts += share * np.histogram(chord, edges)[0]
     # A square of m x m points is narrower than the pixel by 1 - 1 / m^2 in its second moment.
     middle = (edges[1:] + edges[:-1]) / 2 * NSIDE / np.sqrt(1 - 1 / POINTS**2)
-    middle[0] = 0  # nearly all of them are points with themselves
+    middle[0] = 0  # nearly all of these are points paired with themselves
     return middle, counts / counts.sum()
 
 
 def pixel_window(nside: int, lmax: int) -> np.ndarray:
     """Amplitude (lmax + 1,) of the multipoles of a map whose pixels are means over their area.
 
-    Its square is the average of P_ell(cos gamma), in the limit of small angles J_0((ell + 1/2) gamma), over all pairs
-    of points in a pixel and over all pixels, which is what the HEALPix pixel window is defined as.
+    The square is P_ell(cos gamma), at small angles J_0((ell + 1/2) gamma), averaged over all pairs of points in a pixel
+    and over all pixels: the definition of the HEALPix pixel window.
     """
     separation, share = _separations()
     ell = np.arange(lmax + 1)

@@ -13,7 +13,7 @@ from data.sky import ORIENTATIONS
 
 @cache
 def _rings(nside: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Rings that the equatorial faces touch, and the place of every tile pixel among their pixels (4, N, N)."""
+    """The rings that the equatorial faces touch, and where in them every pixel of the four faces is, (4, N, N)."""
     base = ducc0.healpix.Healpix_Base(nside, "RING")
     ring = base.sht_info()
     equatorial = slice(nside - 1, 3 * nside)  # HEALPix rings nside .. 3 nside, counted from 1
@@ -29,21 +29,18 @@ def tiles_of_alm(alm: np.ndarray, lmax: int, nside: int, geometry: str) -> np.nd
     """Cut the twelve tiles of one simulation.
 
     Args:
-        alm: (4, n_alm), the full sky of every bin.
-        lmax: of the alm.
+        alm: (n_bins, n_alm), the full sky in every bin, up to lmax.
         nside: pixels per side of a tile.
         geometry: a key of ORIENTATIONS.
 
     Returns:
-        float32 (12, 4, N, N): orientation 0 with faces 4, 5, 6, 7, then orientation 1, then 2. Rows
-        are the y and columns the x of the HEALPix xyf scheme.
+        float32 (12, n_bins, N, N): orientation 0 with faces 4, 5, 6, 7, then orientation 1, then 2. Rows are the y and
+        columns the x of the HEALPix xyf scheme.
     """
     ring, pixel = _rings(nside)
     tiles = []
     for angles in np.radians(ORIENTATIONS[geometry]):
-        rotated = (
-            alm if not angles.any() else np.stack([ducc0.sht.rotate_alm(a, lmax, *angles, nthreads=1) for a in alm])
-        )
-        sky = ducc0.sht.synthesis(alm=rotated[:, None], spin=0, lmax=lmax, nthreads=1, **ring)[:, 0]  # (4, n_pixels)
-        tiles.append(sky[:, pixel].transpose(1, 0, 2, 3))  # (4 bins, 4 faces, N, N) -> (4 faces, 4 bins, N, N)
-    return np.concatenate(tiles).astype(np.float32)  # (12, 4, N, N)
+        turned = np.stack([ducc0.sht.rotate_alm(a, lmax, *angles, nthreads=1) for a in alm]) if angles.any() else alm
+        sky = ducc0.sht.synthesis(alm=turned[:, None], spin=0, lmax=lmax, nthreads=1, **ring)[:, 0]  # (bins, pixels)
+        tiles.append(sky[:, pixel].transpose(1, 0, 2, 3))  # (bins, faces, N, N) -> (faces, bins, N, N)
+    return np.concatenate(tiles).astype(np.float32)  # (12, n_bins, N, N)
