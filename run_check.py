@@ -22,15 +22,17 @@ def report(result: dict[str, Any]) -> None:
     lines = [
         f"{result['n_tiles']} tiles of {result['n_sims']} simulations, {result['elapsed_s']:.0f} s",
         f"tiles       {result['folder']}",
-        f"twins       {result['n_twins']} tiles are the same pixels as another, "
-        f"{result['n_twins_across_sims']} as one of another simulation",
+        f"duplicates  {result['n_duplicates']} tiles are the same pixels as another, "
+        f"{result['n_duplicates_across_sims']} as one of another simulation",
         f"sky         {where}",
     ]
-    for name, partners in result["partners"].items():
-        line = f"{name:10}  of {partners['n_tiles']} tiles {_share(partners, 'twin')} have a twin in an earlier split"
-        lines.append(
-            line if covered is None else f"{line}, {_share(partners, 'twin_or_sky')} a twin or most of their sky"
+    for name, leak in result["leakage"].items():
+        line = (
+            f"{name:10}  of {leak['n_tiles']} tiles {_share(leak, 'duplicates')} have a duplicate in an earlier split"
         )
+        if covered is not None:
+            line += f", {_share(leak, 'duplicates_or_sky')} a duplicate or most of their sky"
+        lines.append(line)
     if fiducial is None:
         lines.append("fiducial    its simulation is not here")
     else:
@@ -50,8 +52,8 @@ def report(result: dict[str, Any]) -> None:
         warn(warning)
 
 
-def _share(partners: dict[str, Any], kind: str) -> str:
-    return f"{partners[kind]} ({partners[kind + '_fraction']:.1%})"
+def _share(leak: dict[str, Any], kind: str) -> str:
+    return f"{leak[kind]} ({leak[kind + '_fraction']:.1%})"
 
 
 COMMAND = Command("check", CheckConfig, "data.check.check_tiles", report, machine="cpu")
