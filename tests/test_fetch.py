@@ -19,7 +19,7 @@ from conftest import make_tiles, write_tiles
 from common.errors import UserError
 from data.config import FetchConfig
 from data.fetch import fetch_tiles
-from data.shards import read_tiles
+from data.read_shards import read_tiles
 
 REPO, COMMIT, LMAX = "EiffL/GowerStreetDESY3", "0123456789abcdef0123456789abcdef01234567", 32
 
