@@ -158,6 +158,6 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
         patch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU that is not there")
         patch.setattr(torch.cuda, "get_rng_state", lambda _=None: torch.zeros(16, dtype=torch.uint8))
         patch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
-        for module in ("compress.train", "npe.train", "npe.predict"):
+        for module in ("compress.stage", "npe.stage", "npe.predict"):
             patch.setattr(f"{module}.pick_device", lambda name: CUDA)
         yield cuda

@@ -10,15 +10,8 @@ from npe.calibration import LEVELS, calibrate, squared_distances
 from npe.model import Posterior, posterior_of_moments
 from npe.result import Calibration
 
-PARAMS = ("Omega_m", "S8", "w", "h")
-COV = np.array(
-    [
-        [0.0009, -0.0004, 0.0010, 0.0],
-        [-0.0004, 0.0008, 0.0012, 0.0001],
-        [0.0010, 0.0012, 0.0400, 0.0005],
-        [0.0, 0.0001, 0.0005, 0.0006],
-    ]
-)
+PARAMS = ("Omega_m", "S8", "w")
+COV = np.array([[0.0009, -0.0004, 0.0010], [-0.0004, 0.0008, 0.0012], [0.0010, 0.0012, 0.0400]])
 
 
 def posteriors(
@@ -29,7 +22,7 @@ def posteriors(
     With `shared` the six tiles of a simulation have one and the same error, as if they were one tile six times.
     """
     rng, exact = np.random.default_rng(5), COV[:d, :d]
-    theta = np.repeat(rng.uniform([0.2, 0.6, -1.0, 0.6][:d], [0.4, 0.9, -0.5, 0.8][:d], (n_sims, d)), 6, axis=0)
+    theta = np.repeat(rng.uniform([0.2, 0.6, -1.0][:d], [0.4, 0.9, -0.5][:d], (n_sims, d)), 6, axis=0)
     error = rng.multivariate_normal([0] * d, exact, n_sims if shared else 6 * n_sims)
     mu = theta + (np.repeat(error, 6, axis=0) if shared else error) + shift * np.sqrt(np.diag(exact))
     cov = np.tile(widen * exact, (len(theta), 1, 1))
@@ -41,7 +34,7 @@ def calibration_of(posterior: Posterior, theta: np.ndarray, sim_id: np.ndarray) 
     return calibrate(posterior, theta, sim_id, np.random.default_rng(0), fom=fom, tiles="drawn here", optimistic=False)
 
 
-@pytest.mark.parametrize("d", [2, 3, 4])
+@pytest.mark.parametrize("d", [2, 3])
 def test_exact_posteriors_are_found_calibrated(d: int) -> None:
     posterior, theta, sim_id = posteriors(400, d=d)
     found = calibration_of(posterior, theta, sim_id)

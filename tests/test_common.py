@@ -17,13 +17,14 @@ from conftest import ROOT
 
 from common.artifacts import atomic_path, write_json
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.device import pick_device, pick_precision
+from common.device import pick_device
 from common.early_stopping import EarlyStopping
 from common.errors import UserError, exit_on_user_error
 from common.figures import figure
 from common.interrupt import Interrupted, listening
 from common.options import parse_args, with_signature_of
 from compress.config import CompressorConfig
+from compress.model import pick_precision
 from compress.schedule import lr_at
 from data.config import CheckConfig
 from data.mock.config import MockConfig
@@ -104,7 +105,7 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
     weights = torch.ones(2).numpy().tobytes()
     assert content.count(weights) == 1
     path.write_bytes(content.replace(weights, torch.tensor([1.0, 1.5]).numpy().tobytes()))
-    with pytest.raises(UserError, match=r"its hash does not fit"):
+    with pytest.raises(UserError, match=r"is damaged"):
         load_checkpoint(path, "npe", ("model",), "do this")
 
 
@@ -122,12 +123,12 @@ def test_float32_means_float32_and_bf16_is_taken_where_a_gpu_computes_in_it(monk
 @pytest.mark.parametrize("config_class", [MockConfig, CheckConfig, CompressorConfig, NPEConfig])
 def test_the_command_line_and_the_modal_signature_come_from_one_definition(config_class: type) -> None:
     given = ["--ckpt", "x"] if config_class is NPEConfig else []
-    assert parse_args(config_class, given) == config_class(**({"ckpt": "x"} if given else {}))
-
-    @with_signature_of(config_class)
-    def modal_main(**options: object) -> None: ...
-
+    parsed, built = parse_args(config_class, given), []
+    assert parsed == config_class(**({"ckpt": "x"} if given else {}))
+    modal_main = with_signature_of(config_class, built.append)
     assert list(inspect.signature(modal_main).parameters) == list(config_class.__dataclass_fields__)
+    modal_main(**{name: p.default for name, p in inspect.signature(modal_main).parameters.items()} | vars(parsed))
+    assert built == [parsed]
 
 
 @pytest.mark.parametrize(

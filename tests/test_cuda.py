@@ -16,10 +16,11 @@ from common.device import to_device
 from common.interrupt import Interrupted
 from common.resume import Position
 from compress.config import CompressorConfig
-from compress.train import train_compressor
+from compress.stage import run_compressor
+from data.config import TilesOn
 from npe.config import NPEConfig, PredictConfig
 from npe.predict import predict_tiles
-from npe.train import train_npe
+from npe.stage import run_npe
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             if next(left) == 0:
                 raise Interrupted(signal.SIGTERM)
 
-        monkeypatch.setattr("data.module.check", check)
+        monkeypatch.setattr("data.dataset.check", check)
 
     return arm
 
@@ -67,32 +68,32 @@ def test_both_stages_interrupted_in_mid_epoch_go_on_to_the_bit_and_to_that_of_th
 ) -> None:
     """Draws are the CPU's on every device, and the arithmetic is the CPU's here, so all three runs are one."""
     shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
-    train_compressor(stage_1(tmp_path, "cpu"))
-    train_npe(stage_2(tmp_path, "cpu"))
+    run_compressor(stage_1(tmp_path, "cpu"))
+    run_npe(stage_2(tmp_path, "cpu"))
     with pretend_cuda(monkeypatch):
-        train_compressor(stage_1(tmp_path, "whole"))
-        train_npe(stage_2(tmp_path, "whole"))
+        run_compressor(stage_1(tmp_path, "whole"))
+        run_npe(stage_2(tmp_path, "whole"))
         per_epoch = 5 + 3 + 1  # batches of the training, of its validation and of the BatchNorm statistics
         for n_batches in (2, per_epoch + 3):
             stop_after(n_batches)
             with pytest.raises(Interrupted, match=r"last.ckpt has epoch \d, batch [1-9]"):
-                train_compressor(stage_1(tmp_path, "stopped"))
+                run_compressor(stage_1(tmp_path, "stopped"))
         stop_after(-1)
-        train_compressor(stage_1(tmp_path, "stopped"))
+        run_compressor(stage_1(tmp_path, "stopped"))
         stop_after(1 + 3)
         with pytest.raises(Interrupted, match=r"last.ckpt has epoch \d, batch [1-9]"):
-            train_npe(stage_2(tmp_path, "stopped"))
+            run_npe(stage_2(tmp_path, "stopped"))
         stop_after(-1)
-        result = train_npe(stage_2(tmp_path, "stopped"))
-    assert result["device"] == "a GPU that is not there"
+        result = run_npe(stage_2(tmp_path, "stopped"))
+    assert result.device == "a GPU that is not there"
     wanted = weights(tmp_path, "cpu")
     for tag in ("whole", "stopped"):
         assert all(torch.equal(a, b) for a, b in zip(wanted, weights(tmp_path, tag), strict=True)), tag
 
 
-@pytest.mark.parametrize(("feed", "noise"), [("resident", ""), ("stream", "noiseless_tiles")])
+@pytest.mark.parametrize(("tiles_on", "noise"), [("device", ""), ("disk", "noiseless_tiles")])
 def test_a_step_waits_for_no_copy(
-    feed: str, noise: str, small_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: PretendCuda
+    tiles_on: TilesOn, noise: str, small_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: PretendCuda
 ) -> None:
     shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
     tiles = str(tmp_path / "tiles" / f"lmax_{SMALL_LMAX}_noiseless")
@@ -107,8 +108,8 @@ def test_a_step_waits_for_no_copy(
 
     monkeypatch.setattr(Position, "next_batch", next_batch)
     options = {"noiseless_tiles": tiles} if noise else {}
-    train_compressor(stage_1(tmp_path, "t", feed=feed, **options))
-    train_npe(stage_2(tmp_path, "t"))
+    run_compressor(stage_1(tmp_path, "t", tiles_on=tiles_on, **options))
+    run_npe(stage_2(tmp_path, "t"))
     assert len(batches) >= 2 * 4 + 3 * 2
     assert waits == []
 
@@ -144,8 +145,8 @@ def test_a_batch_goes_to_the_device_in_one_copy_and_arrives_as_it_was(
 
 def test_single_tiles_are_answered_on_a_gpu(small_suite: Path, tmp_path: Path, cuda: PretendCuda) -> None:
     shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
-    train_compressor(stage_1(tmp_path, "t"))
-    stage = train_npe(stage_2(tmp_path, "t"))
+    run_compressor(stage_1(tmp_path, "t"))
+    stage = run_npe(stage_2(tmp_path, "t"))
     shard = min((tmp_path / "tiles").rglob("shard_*.parquet"))
-    result = predict_tiles(PredictConfig(run=stage["folder"], tiles=str(shard), n_samples=0, device="cpu"))
-    assert len(result["predictions"]) == 600
+    result = predict_tiles(PredictConfig(run=stage.folder, tiles=str(shard), n_samples=0, device="cpu"))
+    assert len(result.predictions) == 600

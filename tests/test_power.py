@@ -19,7 +19,7 @@ def random_phases(generator: torch.Generator) -> torch.Tensor:
 def log_powers(tile: torch.Tensor) -> torch.Tensor:
     """What goes into the MLP, (N_SCALES * FILTERS_PER_SCALE,)."""
     torch.manual_seed(0)
-    network = PowerFilters().double().eval()
+    network = PowerFilters(n_bins=4).double().eval()
     seen = []
     network.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SMALL_LMAX
-from data.shards import read_tiles
-from npe.likeness import N_BANDS, TESTS, Likeness, Reference, spectra_of
 
-from common.device import pick_precision
 from common.errors import UserError
 from common.machine import Precision
 from compress.config import CompressorConfig
-from compress.train import train_compressor
+from compress.model import pick_precision
+from compress.stage import run_compressor
 from data.config import NoiseLevel
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
+from data.read_shards import read_tiles
+from data.schema import columns_of
 from npe.config import NPEConfig, PredictConfig
+from npe.ood import N_BANDS, OutOfDistributionCheck, Reference, columns_of_tests, spectra_of
 from npe.predict import predict_tiles
-from npe.train import train_npe
+from npe.stage import run_npe
 
 NSIDE = SMALL_LMAX // 2
 
@@ -38,8 +40,8 @@ def run(small_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("predict")
     shutil.copytree(small_suite / "tiles", home / "tiles")
     options = {"lmax": SMALL_LMAX, "noise_level": "noiseless", "backbone": "tiny", "max_epochs": 3, "warmup_steps": 2}
-    result = train_compressor(CompressorConfig(results_dir=str(home), tag="t", **options))
-    train_npe(NPEConfig(ckpt=f"{result['folder']}/best.ckpt", max_epochs=5))
+    result = run_compressor(CompressorConfig(results_dir=str(home), tag="t", **options))
+    run_npe(NPEConfig(ckpt=f"{result.folder}/best.ckpt", max_epochs=5))
     return home / "field_npe_runs" / "t"
 
 
@@ -51,7 +53,7 @@ def fiducial(run: Path) -> np.ndarray:
 
 
 def predict(run: Path, tiles: Path, **options: Any) -> dict[str, Any]:
-    return predict_tiles(PredictConfig(run=str(run), tiles=str(tiles), **options))
+    return asdict(predict_tiles(PredictConfig(run=str(run), tiles=str(tiles), **options)))
 
 
 def test_a_tile_gets_the_posterior_that_stage_2_gave_it(run: Path, fiducial: np.ndarray, tmp_path: Path) -> None:
@@ -105,7 +107,13 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         suite = {"results_dir": str(results), "lmax": LMAX, "n_sims": 60, "fresh": fresh}
         folders = {level: build_suite(MockConfig(noise_level=level, **suite))["folder"] for level in LEVELS}
         noisy, clean = (read_tiles(Path(folder), LMAX, level) for level, folder in folders.items())
-        found["fresh" if fresh else "suite"] = (noisy.kappa, noisy.kappa - clean.kappa, noisy.theta, noisy.keys[:, 0])
+        theta = columns_of(noisy.params, ("Omega_m", "S8"))
+        found["fresh" if fresh else "suite"] = (
+            noisy.kappa,
+            noisy.kappa - clean.kappa,
+            columns_of(noisy.params, ("Omega_m", "S8")),
+            noisy.keys[:, 0],
+        )
     return found
 
 
@@ -127,19 +135,19 @@ def test_ordinary_tiles_pass_and_odd_ones_are_caught(mock: dict[str, Any]) -> No
 
     kappa, _, theta, sim_id = mock["suite"]
     scale = kappa.std(axis=(0, 2, 3), keepdims=True)
-    likeness = Likeness(Reference(estimate(theta), looks(kappa, scale), theta, sim_id))
+    check = OutOfDistributionCheck(Reference(estimate(theta), looks(kappa, scale), theta, sim_id), n_bins=4)
     kappa, noise, theta, _ = mock["fresh"]
     summary = estimate(theta)
 
     def share_warned(tiles: np.ndarray, where: np.ndarray = summary) -> float:
-        return float(np.mean(likeness.judge(where, looks(tiles, scale))["all"] < 0.01))
+        return float(np.mean(check.tail_probabilities(where, looks(tiles, scale))["all"] < 0.01))
 
     assert share_warned(kappa) < 0.03  # 1 % of 720, and what 60 cosmologies scatter
     assert share_warned(kappa + 0.2 * noise) > 0.5
     assert share_warned(stripes(kappa, scale)) > 0.5
     assert share_warned(kappa, summary + 5) > 0.9  # a summary that none of them has
-    for test in ("summary", *TESTS):
-        tail = likeness.judge(summary, looks(kappa, scale))[test]
+    for test in ("summary", *columns_of_tests(4)):
+        tail = check.tail_probabilities(summary, looks(kappa, scale))[test]
         assert 0.35 < tail.mean() < 0.65, test  # 0.5 if they are drawn from the same distribution
 
 
@@ -148,9 +156,9 @@ def test_few_training_tiles_make_no_false_alarms() -> None:
     rng = np.random.default_rng(0)
     summary, spectra = rng.standard_normal((1300, 2)), rng.standard_normal((1300, 54))
     some, others = slice(0, 300), slice(300, None)
-    likeness = Likeness(Reference(summary[some], spectra[some], summary[some], np.arange(300)))
-    tail = likeness.judge(summary[others], spectra[others])
-    for test in ("all", *TESTS):
+    check = OutOfDistributionCheck(Reference(summary[some], spectra[some], summary[some], np.arange(300)), n_bins=4)
+    tail = check.tail_probabilities(summary[others], spectra[others])
+    for test in ("all", *columns_of_tests(4)):
         assert 0.4 < tail[test].mean() < 0.6, test
     assert np.mean(tail["all"] < 0.01) < 0.025
 
@@ -183,9 +191,9 @@ def save(path: Path, content: np.ndarray) -> Path:
         (lambda k: np.where(np.arange(NSIDE) < 3, np.nan, k), "tile 0: .* pixels are masked or not finite"),
         (lambda k: np.where(np.arange(NSIDE) < 3, -1.6375e30, k), "are masked or not finite"),
         (lambda k: np.where(np.arange(NSIDE) < 3, 0, k), "18.8 % of its pixels are exactly zero"),
-        (lambda k: k[:, :3], r"floats \(4, 16, 16\) or \(n, 4, 16, 16\) are due"),
-        (lambda k: k[..., :8], "are due"),
-        (lambda k: k.astype(complex), "are due"),
+        (lambda k: k[:, :3], r"give floats \(4, 16, 16\) or \(n, 4, 16, 16\)"),
+        (lambda k: k[..., :8], "so give floats"),
+        (lambda k: k.astype(complex), "so give floats"),
         (lambda k: np.array([None]), "neither a shard"),
     ],
 )
@@ -260,7 +268,7 @@ def test_the_command_warns_of_an_odd_tile(
     tile = save(tmp_path / "x.npy", odd)
     code, out, err = run_command("run_predict.py", "--run", run, "--tiles", tile, "--n-samples", 100)
     assert code == 0
-    assert "warning: tile 1 is unlike the training tiles" in err
+    assert "warning: tile 1 is out of distribution" in err
     assert "tile 0: Omega_m" in out
     assert "warning: tile 0" not in err
     assert (run / "predictions/x/predictions.png").stat().st_size > 5000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from test_pipeline import compressor_run, finished, npe_run
 
 from npe.report import REPORT_NAME, write_report
+from npe.result import read_fom_result
 
 __all__ = ["finished"]  # the fixture, shared
 VOID = {"meta", "img", "br"}
@@ -65,7 +67,7 @@ def test_the_report_says_what_the_result_says(page: Page, finished: Path) -> Non
     for number in (
         f"{result['fom_fiducial_median']:.0f}",
         f"{fiducial['fom_median_lo_16']:.0f} … {fiducial['fom_median_hi_84']:.0f}",
-        f"s = {calibration['s']:.2f} ± {calibration['s_err']:.2f}",
+        f"chi²/dof {calibration['chi2_per_dof']:.2f} ± {calibration['chi2_per_dof_err']:.2f}",
         f"{result['ensemble']['mixture']['fom_fiducial_median']:.0f}",
         *(f"{fom:.0f}" for fom in result["fom_fiducial_all"]),
         result["manifest_sha256"],
@@ -79,18 +81,22 @@ def test_the_report_says_what_the_result_says(page: Page, finished: Path) -> Non
 
 
 def test_the_report_warns_where_there_is_something_to_warn_of(finished: Path, tmp_path: Path) -> None:
-    result = json.loads((npe_run(finished) / "fom_result.json").read_text())
+    result = read_fom_result(npe_run(finished))
     for path in npe_run(finished).glob("*.png"):
         shutil.copy(path, tmp_path)
-    result["calibration"] |= {"verdict": "over-confident", "tiles": "<b>&folder"}
-    result["audit"]["band_limit"] = "they have power beyond lmax 200"
-    result["audit"]["partners"]["npe_train"] |= {"twin_fraction": 0.46, "twin_or_sky_fraction": 0.69}
-    write_report(result, tmp_path, tmp_path / "moved_away")  # without the pictures of stage 1
+    leak = replace(result.audit.leakage["npe_train"], duplicates_fraction=0.46, duplicates_or_sky_fraction=0.69)
+    leakage = {**result.audit.leakage, "npe_train": leak}
+    spoiled = replace(
+        result,
+        calibration=replace(result.calibration, verdict="over-confident", tiles="<b>&folder"),
+        audit=replace(result.audit, band_limit="they have power beyond lmax 200", leakage=leakage),
+    )
+    write_report(spoiled, tmp_path, tmp_path / "moved_away")  # without the pictures of stage 1
     html = (tmp_path / REPORT_NAME).read_text(encoding="utf-8")
     before = (npe_run(finished) / REPORT_NAME).read_text(encoding="utf-8")
     assert html.count('class="card look"') == before.count('class="card look"') + 2
     text = Page(html).text
     assert "69% of a split leaks" in text
-    assert "They are not what lmax says: they have power beyond lmax 200." in text
+    assert "The tiles do not have the stated lmax: they have power beyond lmax 200." in text
     assert "<b>&folder" in text  # shown, not obeyed
     assert "predicted_vs_true.png is not there" in text

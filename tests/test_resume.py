@@ -26,12 +26,12 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from common.resume import KIND, LastCheckpoint
 from compress.config import CompressorConfig
-from compress.train import train_compressor
+from compress.stage import run_compressor
+from data.dataset import TileDataset
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
-from data.module import TileDataset
 from npe.config import NPEConfig
-from npe.train import train_npe
+from npe.stage import run_npe
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TAG = "killed"
@@ -47,7 +47,7 @@ COMMANDS = {
 # Imports once; then every command in a fork of its own, which a timer stops.
 FORKS = """
 import importlib, json, os, sys, threading, time, traceback
-import compress.train, npe.train, data.mock.suite, run_mock, run_compressor, run_npe
+import compress.stage, npe.stage, data.mock.suite, run_mock, run_compressor, run_npe
 
 def run(script, options, delay, signum, folder, out, err):
     for number, path in enumerate((os.devnull, out, err)):
@@ -213,7 +213,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             if next(calls) == place:
                 raise interrupt.Interrupted(signal.SIGTERM)
 
-        monkeypatch.setattr("data.module.check", check)
+        monkeypatch.setattr("data.dataset.check", check)
 
     return arm
 
@@ -238,14 +238,14 @@ def test_a_network_that_draws_at_random_goes_on_as_well(
         )  # fmt: skip
 
     stop_at(-1)
-    train_compressor(config("whole"))
+    run_compressor(config("whole"))
     stop_at(place)
     with pytest.raises(interrupt.Interrupted, match=r"last.ckpt has epoch"):
-        train_compressor(config("stopped"))
+        run_compressor(config("stopped"))
     torch.manual_seed(999)
     (tmp_path / "field_compressor_runs/stopped/best.ckpt").write_bytes(b"of an epoch that will not be")
     stop_at(-1)
-    train_compressor(config("stopped"))
+    run_compressor(config("stopped"))
     found, wanted = (
         torch.load(tmp_path / f"field_compressor_runs/{tag}/best.ckpt", weights_only=True)["model"]
         for tag in ("stopped", "whole")
@@ -292,17 +292,17 @@ def test_other_tiles_are_refused(small_suite: Path, tmp_path: Path, stop_at: Cal
     )
     stop_at(3)
     with pytest.raises(interrupt.Interrupted):
-        train_compressor(config)
+        run_compressor(config)
     stop_at(-1)
     build_suite(MockConfig(results_dir=str(tmp_path), **{**SMALL_SUITE, "seed": 43}, restart=True))
     folder = tmp_path / "field_compressor_runs" / "t"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match=r"--tiles [0-9a-f]{12} there, [0-9a-f]{12} here"):
-        train_compressor(config)
+        run_compressor(config)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # its files still fit each other
-    again = train_compressor(replace(config, restart=True))
-    fresh = train_compressor(replace(config, tag="fresh"))
-    assert again["val_mse"] == fresh["val_mse"]
+    again = run_compressor(replace(config, restart=True))
+    fresh = run_compressor(replace(config, tag="fresh"))
+    assert again.val_mse == fresh.val_mse
 
 
 def test_restart_starts_over_from_a_training_of_another_version(
@@ -316,17 +316,17 @@ def test_restart_starts_over_from_a_training_of_another_version(
     )  # fmt: skip
     stop_at(3)
     with pytest.raises(interrupt.Interrupted):
-        train_compressor(config)
+        run_compressor(config)
     stop_at(-1)
     path = tmp_path / "field_compressor_runs" / "t" / "last.ckpt"
     content = load_checkpoint(path, KIND, (), "")
     del content["state"]["generators"]["theta noise"]  # after the model and the optimiser
     save_checkpoint(path, KIND, content)
     with pytest.raises(UserError, match=r"does not fit this version's training; add --restart"):
-        train_compressor(config)
-    again = train_compressor(replace(config, restart=True))
-    fresh = train_compressor(replace(config, tag="fresh"))
-    assert again["val_mse"] == fresh["val_mse"]
+        run_compressor(config)
+    again = run_compressor(replace(config, restart=True))
+    fresh = run_compressor(replace(config, tag="fresh"))
+    assert again.val_mse == fresh.val_mse
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -339,9 +339,9 @@ def test_tiles_without_noise_that_are_left_out_or_added_on_resuming_are_refused(
         batch_size=100,
     )  # fmt: skip
     if stage == 2:
-        train_compressor(first)
+        run_compressor(first)
     second = NPEConfig(ckpt=str(tmp_path / "field_compressor_runs/t/best.ckpt"), max_epochs=2, batch_size=50)
-    config, train = (first, train_compressor) if stage == 1 else (second, train_npe)
+    config, train = (first, run_compressor) if stage == 1 else (second, run_npe)
     with_signal = replace(config, noiseless_tiles=str(tmp_path / "tiles" / f"lmax_{SMALL_LMAX}_noiseless"))
     for begun, resumed in ((config, with_signal), (with_signal, config)):
         stop_at(3)
@@ -352,24 +352,24 @@ def test_tiles_without_noise_that_are_left_out_or_added_on_resuming_are_refused(
             train(resumed)  # type: ignore[arg-type]
 
 
-def test_stage_2_stopped_while_it_judges_goes_on(
+def test_stage_2_stopped_while_it_is_evaluated_resumes(
     small_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What follows the training is repeated, not the training."""
     shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
-    train_compressor(
+    run_compressor(
         CompressorConfig(
             results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=1, tag="t"
         )
     )
     config = NPEConfig(ckpt=str(tmp_path / "field_compressor_runs/t/best.ckpt"), max_epochs=3, checkpoint_seconds=0)
     with monkeypatch.context() as patch:
-        patch.setattr("npe.train.draw_fom", lambda *_: (_ for _ in ()).throw(interrupt.Interrupted(signal.SIGINT)))
+        patch.setattr("npe.stage.draw_fom", lambda *_: (_ for _ in ()).throw(interrupt.Interrupted(signal.SIGINT)))
         with pytest.raises(interrupt.Interrupted):
-            train_npe(config)
+            run_npe(config)
     monkeypatch.setattr("common.resume.append_metrics", None)  # the loop must not run again
-    result = train_npe(config)
-    assert result["npe"]["epochs"] == 3
+    result = run_npe(config)
+    assert result.npe.epochs == 3
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -384,8 +384,8 @@ def test_a_loss_that_is_not_finite_names_its_tiles_and_keeps_what_was_good(
     ckpt = tmp_path / "field_compressor_runs" / "t" / "best.ckpt"
     second = NPEConfig(ckpt=str(ckpt), max_epochs=3, batch_size=50, checkpoint_seconds=0, device="cpu")
     if stage == 2:
-        train_compressor(first)
-    run = (lambda: train_compressor(first)) if stage == 1 else (lambda: train_npe(second))
+        run_compressor(first)
+    run = (lambda: run_compressor(first)) if stage == 1 else (lambda: run_npe(second))
     folder = ckpt.parent if stage == 1 else tmp_path / "field_npe_runs" / "t"
     split = "compressor_train" if stage == 1 else "npe_train"
     original, culprit = TileDataset.in_parts, []
@@ -419,7 +419,7 @@ def test_the_best_weights_go_back_to_those_of_the_saving(tmp_path: Path) -> None
     """The file in the folder may be of an epoch that, on a GPU, would not come again just so."""
 
     def last() -> LastCheckpoint:
-        return LastCheckpoint(tmp_path, {}, "best.ckpt", torch.device("cpu"))
+        return LastCheckpoint(tmp_path, CompressorConfig(), {}, "best.ckpt", torch.device("cpu"))
 
     best = tmp_path / "best.ckpt"
     for kept in (None, b"the best so far"):
