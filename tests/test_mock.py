@@ -11,7 +11,6 @@ import ducc0
 import numpy as np
 import pytest
 from conftest import SHARED_DATA, SMALL_LMAX, SMALL_SUITE
-from data.shards import read_tiles
 from scipy.special import sph_harm_y
 from scipy.stats import kstest
 
@@ -22,6 +21,7 @@ from data.mock.fields import gaussian_cl_of_lognormal, hilbert_shift, signal_alm
 from data.mock.nz import N_BINS
 from data.mock.suite import FRESH_SEED_OFFSET, build_suite
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, theory_cl
+from data.read_shards import read_tiles
 from data.schema import FACES, SURVEYS, noise_cl, nside_of
 from data.sky import ORIENTATIONS, equatorial_face, rotation, tile_centres, tiles_at
 from data.sphere.harmonics import ell_of_alm, noise_alm
