@@ -88,7 +88,7 @@ def z_values_text(shells: Shells) -> str:
 
 @lru_cache(maxsize=2)
 def gaussian_spectra(cosmo: tuple[float, ...], nside: int) -> list[list[np.ndarray]]:
-    """Spectra of the Gaussian fields that become the matter of each shell, computed once for all skies of a cosmology."""
+    """Spectra of the Gaussian fields behind the matter of each shell, computed once for all skies of a cosmology."""
     shells = shells_of(np.array(cosmo))
     # Particles are counted over whole pixels, hence the window; pixels of a synthesised map are points.
     cls = matter_cl(np.array(cosmo), shells, 2 * nside) * pixel_window(nside, 2 * nside) ** 2
