@@ -24,7 +24,8 @@ from conftest import make_tiles, write_tiles
 from common.errors import UserError
 from data.cache import FOLDER, read_tiles_through_cache
 from data.schema import KEY_NAMES, PARAM_NAMES
-from data.shards import CONTENT_KEY, METADATA_KEY, Tiles
+from data.shard_metadata import CONTENT_KEY, METADATA_KEY
+from data.tiles import Tiles
 
 LMAX, NSIDE, LEVEL, ROWS = 64, 32, "des_y3", 60
 LABELS = [*KEY_NAMES, *PARAM_NAMES]

@@ -1,4 +1,4 @@
-"""The audit: twins by content, shared sky by geometry, odd tiles, the fiducial's place; each against another route."""
+"""The audit: duplicates by content, shared sky by geometry, odd tiles, the fiducial; each by another route."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_LMAX, SMALL_SUITE, make_tiles, write_tiles
-from data.shards import METADATA_KEY, ORIENTATIONS_KEY, Tiles, open_shard, read_orientations, read_tiles
 
-import data.audit
+import data.duplicates
 from common.errors import UserError
-from data.audit import Audit, audit_tiles, check_tiles, count_partners, groups_of, shared_sky_pairs, twin_pairs
+from data.audit import Audit, audit_tiles, leakage_of
+from data.check import check_tiles
 from data.config import CheckConfig
+from data.duplicates import duplicate_pairs, groups_of, shared_sky_pairs
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.moments import moments_of
+from data.read_shards import read_tiles
 from data.schema import PARAM_NAMES
+from data.shard_metadata import METADATA_KEY, ORIENTATIONS_KEY, read_orientations
 from data.sky import ORIENTATIONS, Orientations, covered_patches, overlap_matrix
 from data.sphere.harmonics import noise_alm
 from data.sphere.tiles import tiles_of_alm
-from data.split import deal_keys, make_manifest, split_indices
+from data.split import make_manifest, split_indices, split_keys
+from data.tiles import Tiles
+from data.variance_outliers import SMALLEST_VARIANCE, Outlier, variance_outliers
+from data.write_shards import open_shard
 from npe.fom import bootstrap_median
 
 FIDUCIAL = 109
@@ -60,25 +66,26 @@ def splits_of(tiles: Tiles) -> dict[str, np.ndarray]:
     return split_indices(make_manifest(tiles, 42, "tile", FIDUCIAL), tiles, Path())
 
 
-def partners_by_name(split_by: str, n_sims: int) -> tuple[dict, dict[str, tuple[int, int]]]:
-    """Of the published geometry: what count_partners says of the keys, and (twins, twins or sky) by looking them up."""
+def leakage_by_name(split_by: str, n_sims: int) -> tuple[dict, dict[str, tuple[int, int]]]:
+    """For the published geometry: what leakage_of says, and (duplicates, duplicates or sky) by looking the keys up."""
     sim, place = np.divmod(np.arange(n_sims * 12), 12)
     sim = np.where(sim == n_sims - 1, max(FIDUCIAL, n_sims), sim + 1)
     keys = np.stack([sim, place // 4, place % 4], axis=1)
-    dealt = deal_keys(keys, 42, split_by, FIDUCIAL)  # type: ignore[arg-type]
+    keys_of = split_keys(keys, 42, split_by, FIDUCIAL)  # type: ignore[arg-type]
     row = {tuple(key): i for i, key in enumerate(keys.tolist())}
-    splits = {name: np.array([row[tuple(key)] for key in part.tolist()]) for name, part in dealt.items()}
+    splits = {name: np.array([row[tuple(key)] for key in part.tolist()]) for name, part in keys_of.items()}
     sky = shared_sky_pairs(keys, ORIENTATIONS["published"])
-    twins = np.array([[row[s, *p[0]], row[s, *p[1]]] for s in set(sim.tolist()) for p in PATCHES if len(p) > 1])
-    found = count_partners(splits, groups_of(len(keys), twins), groups_of(len(keys), np.concatenate([twins, sky])))
+    duplicates = np.array([[row[s, *p[0]], row[s, *p[1]]] for s in set(sim.tolist()) for p in PATCHES if len(p) > 1])
+    group, patch = (groups_of(len(keys), pairs) for pairs in (duplicates, np.concatenate([duplicates, sky])))
+    found = leakage_of(splits, group, patch)
 
     patch_of = {place: patch for patch in PATCHES for place in patch}
-    seen, expected = {tuple(key) for key in dealt["compressor_train"].tolist()}, {}
+    seen, expected = {tuple(key) for key in keys_of["compressor_train"].tolist()}, {}
     for name in ("npe_train", "test", "fiducial"):
-        mates = [[(s, *p) for p in patch_of[o, t] if p != (o, t)] for s, o, t in dealt[name].tolist()]
-        twin = [m in seen for k, ms in zip(dealt[name], mates, strict=True) for m in ms if {k[1], m[1]} == {0, 2}]
-        expected[name] = (sum(twin), sum(any(m in seen for m in ms) for ms in mates))
-        seen |= {tuple(key) for key in dealt[name].tolist()}
+        mates = [[(s, *p) for p in patch_of[o, t] if p != (o, t)] for s, o, t in keys_of[name].tolist()]
+        same = [m in seen for k, ms in zip(keys_of[name], mates, strict=True) for m in ms if {k[1], m[1]} == {0, 2}]
+        expected[name] = (sum(same), sum(any(m in seen for m in ms) for ms in mates))
+        seen |= {tuple(key) for key in keys_of[name].tolist()}
     return found, expected
 
 
@@ -97,16 +104,18 @@ def test_tiles_are_of_one_size_and_published_ones_cover_half_of_the_sky() -> Non
     assert covered_patches(()) == 12
 
 
-def test_partners_on_the_published_sky_are_those_that_the_keys_say() -> None:
+def test_leakage_on_the_published_sky_is_what_the_keys_say() -> None:
     for split_by in ("tile", "sim"):
-        found, expected = partners_by_name(split_by, 791)
-        assert {name: (p.twin, p.twin_or_sky) for name, p in found.items()} == expected
+        found, expected = leakage_by_name(split_by, 791)
+        assert {name: (leak.duplicates, leak.duplicates_or_sky) for name, leak in found.items()} == expected
         if split_by == "sim":
             assert set(expected.values()) == {(0, 0)}
             continue
-        # 8 of 12 tiles have one twin, 4 of 12 one mate and 6 of 12 two; 70 % of the mates are in compressor_train.
-        assert found["npe_train"].twin_fraction == pytest.approx(8 / 12 * 0.7, abs=0.03)
-        assert found["npe_train"].twin_or_sky_fraction == pytest.approx((4 * 0.7 + 6 * (1 - 0.3**2)) / 12, abs=0.03)
+        # 8 of 12 tiles have one duplicate, 4 of 12 one mate and 6 of 12 two; 70 % of the mates are in compressor_train.
+        assert found["npe_train"].duplicates_fraction == pytest.approx(8 / 12 * 0.7, abs=0.03)
+        assert found["npe_train"].duplicates_or_sky_fraction == pytest.approx(
+            (4 * 0.7 + 6 * (1 - 0.3**2)) / 12, abs=0.03
+        )
 
 
 def test_disjoint_tiles_share_nothing_and_a_geometry_that_does_not_fit_is_refused() -> None:
@@ -121,12 +130,12 @@ def test_disjoint_tiles_share_nothing_and_a_geometry_that_does_not_fit_is_refuse
 # ---------------------------------------------------------------- pixels
 
 
-def test_the_suite_has_the_twins_and_patches_of_its_geometry(published_dir: Path, small_tiles_dir: Path) -> None:
+def test_the_suite_has_the_duplicates_and_patches_of_its_geometry(published_dir: Path, small_tiles_dir: Path) -> None:
     tiles = read_tiles(published_dir, SMALL_LMAX, "noiseless")
     audit = audited(tiles, splits_of(tiles), FIDUCIAL, read_orientations(published_dir))
-    _, expected = partners_by_name("tile", 60)
-    assert {name: (p.twin, p.twin_or_sky) for name, p in audit.partners.items()} == expected
-    assert (audit.n_twins, audit.n_twins_across_sims) == (60 * 8, 0)
+    _, expected = leakage_by_name("tile", 60)
+    assert {name: (leak.duplicates, leak.duplicates_or_sky) for name, leak in audit.leakage.items()} == expected
+    assert (audit.n_duplicates, audit.n_duplicates_across_sims) == (60 * 8, 0)
     patch = {place: number for number, places in enumerate(PATCHES) for place in places}
     ours = [patch[o, t] for o, t in tiles.keys[-12:, 1:].tolist()]
     assert audit.fiducial is not None
@@ -135,45 +144,46 @@ def test_the_suite_has_the_twins_and_patches_of_its_geometry(published_dir: Path
 
     disjoint = read_tiles(small_tiles_dir, SMALL_LMAX, "noiseless")
     audit = audited(disjoint, splits_of(disjoint), FIDUCIAL, read_orientations(small_tiles_dir))
-    assert audit.n_twins == 0
-    assert all((p.twin, p.twin_or_sky) == (0, 0) for p in audit.partners.values())
+    assert audit.n_duplicates == 0
+    assert all((leak.duplicates, leak.duplicates_or_sky) == (0, 0) for leak in audit.leakage.values())
     assert audit.fiducial is not None
     assert audit.fiducial.patch_of_tile == list(range(12))
     assert audit.warnings() == []
 
 
-def test_twins_are_found_under_every_symmetry_across_simulations_and_near_twins_are_not() -> None:
-    tiles, rng = make_tiles(20, 8, 16), np.random.default_rng(1)
+@pytest.mark.parametrize("n_bins", [1, 4, 6])
+def test_duplicates_are_found_under_every_symmetry_and_near_duplicates_are_not(n_bins: int) -> None:
+    tiles, rng = make_tiles(20, 8, 16, n_bins=n_bins), np.random.default_rng(1)
     splits = splits_of(tiles)
     first, second = splits["compressor_train"][:17], splits["npe_train"][:-18:-1]  # from other simulations
     for k in range(17):
         turned = np.rot90(tiles.kappa[first[k]], k % 4, axes=(1, 2))
         turned = np.flip(turned, axis=1) if k % 8 >= 4 else turned
-        if k < 8:  # a twin but for the last digit of float32
+        if k < 8:  # a duplicate but for the last digit of float32
             turned = np.nextafter(turned, rng.choice([-np.inf, np.inf], turned.shape), dtype=np.float32)
         else:
             turned = turned + 1e-3 * rng.standard_normal(turned.shape, dtype=np.float32)
         tiles.kappa[second[k]] = turned
     tiles.kappa[second[16]] = tiles.kappa[first[16]]
-    tiles.kappa[second[16], 3] *= 1 + 1e-5  # one bin is enough to make a difference
+    tiles.kappa[second[16], -1] *= 1 + 1e-5  # one bin is enough to make a difference
     planted = list(zip(first[:8].tolist(), second[:8].tolist(), strict=True))
     audit = audited(tiles, splits, FIDUCIAL, None)
-    pairs = twin_pairs(tiles.kappa, moments_of(tiles.kappa))
+    pairs = duplicate_pairs(tiles.kappa, moments_of(tiles.kappa))
     assert {frozenset(pair) for pair in pairs.tolist()} == set(map(frozenset, planted))
-    assert audit.partners["npe_train"].twin == audit.n_twins_across_sims == 8
-    assert audit.partners["npe_train"].twin_or_sky is None
-    assert audited(tiles, splits, FIDUCIAL, ()).partners["npe_train"].twin_or_sky == 8
-    assert audit.twins_across_sims in [tiles.keys[[b, a]].tolist() for a, b in planted]
-    assert any("(8 such tiles): one of them has the wrong cosmology" in line for line in audit.warnings())
+    assert audit.leakage["npe_train"].duplicates == audit.n_duplicates_across_sims == 8
+    assert audit.leakage["npe_train"].duplicates_or_sky is None
+    assert audited(tiles, splits, FIDUCIAL, ()).leakage["npe_train"].duplicates_or_sky == 8
+    assert audit.duplicates_across_sims in [tiles.keys[[b, a]].tolist() for a, b in planted]
+    assert any("(8 such tiles), so one has the wrong cosmology" in line for line in audit.warnings())
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-6])
 def test_many_constant_tiles_need_no_comparison_of_all_with_all(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
     tiles, compared = make_tiles(25, 8, 16), []
     tiles.kappa[:200] = 0.1 * (1 + noise * tiles.kappa[:200])
-    are_twins = data.audit._are_twins
-    monkeypatch.setattr(data.audit, "_are_twins", lambda *a: compared.append(1) or are_twins(*a))
-    groups = groups_of(300, twin_pairs(tiles.kappa, moments_of(tiles.kappa)))
+    are_duplicates = data.duplicates._are_duplicates
+    monkeypatch.setattr(data.duplicates, "_are_duplicates", lambda *a: compared.append(1) or are_duplicates(*a))
+    groups = groups_of(300, duplicate_pairs(tiles.kappa, moments_of(tiles.kappa)))
     assert len(np.unique(groups)) == (300 if noise else 101)
     assert len(compared) <= 200 * 20  # of 19,900 pairs
 
@@ -181,8 +191,8 @@ def test_many_constant_tiles_need_no_comparison_of_all_with_all(monkeypatch: pyt
 def test_a_scaled_a_noise_only_and_a_constant_tile_stand_out_and_no_other(larger_tiles: Tiles) -> None:
     tiles = replace(larger_tiles, kappa=larger_tiles.kappa.copy())
 
-    def outliers() -> list[data.audit.Outlier]:
-        return data.audit.variance_outliers(tiles.keys, moments_of(tiles.kappa).variance)
+    def outliers() -> list[Outlier]:
+        return variance_outliers(tiles.keys, moments_of(tiles.kappa).variance)
 
     assert outliers() == []
     tiles.kappa[100] *= 1.5
@@ -190,15 +200,15 @@ def test_a_scaled_a_noise_only_and_a_constant_tile_stand_out_and_no_other(larger
     tiles.kappa[300, 2] = 0.0
     found = outliers()
     assert [o.key for o in found] == tiles.keys[[300, 200, 100]].tolist()
-    assert (found[0].bin, found[0].factor) == (2, pytest.approx(data.audit.SMALLEST_VARIANCE, rel=0.5, abs=0))
+    assert (found[0].bin, found[0].factor) == (2, pytest.approx(SMALLEST_VARIANCE, rel=0.5, abs=0))
     median = np.median([larger_tiles.kappa[i, found[2].bin].var() for i in range(96, 108)])
     assert found[2].factor == pytest.approx(2.25 * larger_tiles.kappa[100, found[2].bin].var() / median, rel=0.05)
 
     variance = moments_of(tiles.kappa).variance
     for tile_ids, n_outliers in ((3, 3), (2, 0)):  # 9 or 6 tiles of a simulation: too few for a median to be far from
         some = tiles.keys[:, 2] < tile_ids
-        assert len(data.audit.variance_outliers(tiles.keys[some], variance[some])) == n_outliers
-    assert data.audit.variance_outliers(tiles.keys, np.zeros_like(variance)) == []
+        assert len(variance_outliers(tiles.keys[some], variance[some])) == n_outliers
+    assert variance_outliers(tiles.keys, np.zeros_like(variance)) == []
 
 
 # ---------------------------------------------------------------- parameters
@@ -233,13 +243,13 @@ def test_the_command_reports_and_warns_and_leaves_the_cache_that_training_reads(
     shutil.rmtree(published_dir / "cache", ignore_errors=True)
     before = sorted(published_dir.rglob("*"))
     code, out, err = run_command("run_check.py", *SMALL, "--tiles-dir", published_dir)
-    partners = partners_by_name("tile", 60)[0]["npe_train"]
+    leak = leakage_by_name("tile", 60)[0]["npe_train"]
     assert code == 0
-    assert f"{partners.twin} ({partners.twin_fraction:.1%}) have a twin in an earlier split" in out
-    assert f"{partners.twin_or_sky} ({partners.twin_or_sky_fraction:.1%}) a twin or most of their sky" in out
+    assert f"{leak.duplicates} ({leak.duplicates_fraction:.1%}) have a duplicate in an earlier split" in out
+    assert f"{leak.duplicates_or_sky} ({leak.duplicates_or_sky_fraction:.1%}) a duplicate or most of their sky" in out
     assert "12 tiles, 6 patches of sky" in out
     [warning] = [line for line in err.splitlines() if line.startswith("warning")]
-    for text in (f"{partners.twin_or_sky_fraction:.0%}", "--split-by sim", "--geometry disjoint"):
+    for text in (f"{leak.duplicates_or_sky_fraction:.0%}", "--split-by sim", "--geometry disjoint"):
         assert text in warning
     assert sorted(path for path in published_dir.rglob("*") if "cache" not in path.parts) == before
     monkeypatch.setattr("data.cache.read_index", None)  # the tiles are mapped now: a large suite stays on the disk
@@ -261,13 +271,13 @@ def test_shards_that_do_not_say_where_they_lie(run_command: Callable, published_
     assert code == 0
     assert "unknown" not in out + err
     told = check_tiles(CheckConfig(tiles_dir=str(published_dir), lmax=SMALL_LMAX, noise_level="noiseless"))
-    for name, partners in told["partners"].items():
-        assert f"{name:10}  of {partners['n_tiles']} tiles {partners['twin']} " in out
-        assert f" {partners['twin_or_sky']} ({partners['twin_or_sky_fraction']:.1%}) a twin or" in out
+    for name, leak in told["leakage"].items():
+        assert f"{name:10}  of {leak['n_tiles']} tiles {leak['duplicates']} " in out
+        assert f" {leak['duplicates_or_sky']} ({leak['duplicates_or_sky_fraction']:.1%}) a duplicate or" in out
 
     # Null is not unknown: such tiles have no common sky.
     description = json.dumps({ORIENTATIONS_KEY: None})
-    with open_shard(tmp_path / "shard_0000.parquet", 16, {METADATA_KEY: description}) as shard:
+    with open_shard(tmp_path / "shard_0000.parquet", {METADATA_KEY: description}) as shard:
         shard.write(tiles.kappa[:400], tiles.keys[:400], tiles.params[:400], "noiseless")
     assert read_orientations(tmp_path) == ()
 
@@ -295,7 +305,7 @@ def test_both_stages_are_told_where_published_tiles_lie(
         groups.append(group.tolist())
         return bootstrap_median(values, group, rng)
 
-    monkeypatch.setattr("npe.train.bootstrap_median", remember)
+    monkeypatch.setattr("npe.evaluate.bootstrap_median", remember)
     code, out, err = run_command("run_npe.py", "--ckpt", ckpt, "--max-epochs", 1)
     assert code == 0, err
     assert "6 patches of sky" in out

@@ -18,7 +18,9 @@ from conftest import make_tiles, write_tiles
 import data.cache
 from common.errors import UserError
 from data.cache import FOLDER, LABELS, PIXELS, map_pixels, read_tiles_through_cache
-from data.shards import TileIndex, Tiles, read_tiles
+from data.moments import moments_of
+from data.read_shards import TileIndex, read_tiles
+from data.tiles import Tiles
 
 LMAX, NSIDE, LEVEL = 32, 16, "des_y3"
 
@@ -61,6 +63,16 @@ def test_the_second_start_reads_the_cache_alone_and_gives_the_same(
         tiles.kappa[:] = 0
 
 
+@pytest.mark.parametrize("n_bins", [1, 6])
+def test_the_cache_holds_as_many_bins_as_the_shards(n_bins: int, tmp_path: Path) -> None:
+    write_tiles(tmp_path, make_tiles(10, NSIDE, LMAX, n_bins=n_bins), rows_per_shard=50)
+    from_shards = read_tiles(tmp_path, LMAX, LEVEL)
+    for _ in range(2):  # as it is made, and as it is read
+        tiles, moments = read_tiles_through_cache(tmp_path, LMAX, LEVEL)
+        assert_same(tiles, from_shards)
+        assert np.array_equal(moments.variance, moments_of(tiles.kappa).variance)
+
+
 def test_more_tiles_than_memory_and_swap_hold_can_be_mapped(tmp_path: Path) -> None:
     nside, path = 512, tmp_path / PIXELS
     tile_size = 4 * nside**2 * 4
@@ -69,7 +81,7 @@ def test_more_tiles_than_memory_and_swap_hold_can_be_mapped(tmp_path: Path) -> N
     with open(path, "wb") as file:  # sparse: it takes no room
         file.seek(n_tiles * tile_size - last.nbytes)
         file.write(last.tobytes())
-    kappa = map_pixels(path, n_tiles, nside)
+    kappa = map_pixels(path, n_tiles, 4, nside)
     assert np.array_equal(kappa[-1, 1:, -1, -1], last)
     assert not kappa[0].any()
 

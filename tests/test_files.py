@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GUARD_S, ROOT, SMALL_LMAX, make_tiles
+from data.shards import open_shard
 
 from common.artifacts import claimed, write_json
 from common.checkpoint import save_checkpoint
 from common.errors import UserError
 from common.figures import figure
 from common.progress import write_metrics
-from data.shards import open_shard
 
 
 class Disk:

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiles, simulated, write_tiles
-from data.shards import read_tiles
 
 from common.errors import UserError
-from data.config import NoiseLevel
+from data.config import NoiseLevel, SplitOptions, TilesOn
+from data.dataset import batches
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
-from data.module import NOT_NOISE, TileDataModule, batches, slope_on_signal
-from data.schema import noise_cl
+from data.module import SplitTiles, TileDataModule
+from data.noiseless import LARGEST_SLOPE, slope_on_signal
+from data.read_shards import read_tiles
+from data.schema import FOM_PARAMS, noise_cl
 
 CPU = torch.device("cpu")
 LMAX, NSIDE = 32, 16
@@ -34,20 +36,17 @@ def coded_suite(folder: Path) -> tuple[Path, Path]:
     return folder / "noisy", folder / "signal"
 
 
-def module_of(tiles_dir: Path, noiseless_dir: Path | None, tiles_on: TilesOn = "auto") -> TileDataModule:
-    data = TileDataModule(
-        tiles_dir, LMAX, "des_y3", 109, split_seed=1, split_by="tile", device=CPU, feed=feed,
-        noiseless_dir=noiseless_dir,
-    )  # fmt: skip
-    data.setup()
-    return data
+def split_tiles(tiles_dir: Path, noiseless_dir: Path | None, tiles_on: TilesOn = "auto") -> SplitTiles:
+    options = SplitOptions(lmax=LMAX, noise_level="des_y3", split_seed=1)
+    module = TileDataModule(tiles_dir, options, FOM_PARAMS, device=CPU, tiles_on=tiles_on, noiseless_dir=noiseless_dir)
+    return module.setup()
 
 
-@pytest.mark.parametrize("feed", ["resident", "stream"])
+@pytest.mark.parametrize("tiles_on", ["device", "disk"])
 def test_signals_keep_their_theta_and_noise_comes_from_the_whole_split_and_nowhere_else(
     tmp_path: Path, tiles_on: TilesOn
 ) -> None:
-    data = module_of(*coded_suite(tmp_path), feed)
+    data = split_tiles(*coded_suite(tmp_path), tiles_on)
     stats = data.norm_stats
     train = data.compressor_train_ds
     pairs: list[tuple[int, int]] = []
@@ -66,22 +65,22 @@ def test_signals_keep_their_theta_and_noise_comes_from_the_whole_split_and_nowhe
     same = sum(signal == noise for signal, noise in pairs)
     assert same < 4 * len(pairs) / len(members)  # chance
 
-    plain = module_of(tmp_path / "noisy", None)
+    plain = split_tiles(tmp_path / "noisy", None)
     for name in ("npe_train_ds", "test_ds", "compressor_train_ds"):  # what is not augmented is left alone
         ours, theirs = (getattr(one, name) for one in (data, plain))
         assert torch.equal(ours.__getitems__(range(4))[0], theirs.__getitems__(range(4))[0])
 
 
-def test_a_mock_suite_and_its_noiseless_twin_differ_by_noise_of_the_stated_power(tmp_path: Path) -> None:
+def test_a_mock_suite_and_its_noiseless_one_differ_by_noise_of_the_stated_power(tmp_path: Path) -> None:
     folders = {}
     for level in ("des_y3", "noiseless"):
         folders[level] = tmp_path / level
         build_suite(MockConfig(tiles_dir=str(tmp_path / level), lmax=LMAX, n_sims=12, noise_level=level))
-    module_of(folders["des_y3"], folders["noiseless"])  # accepted
+    split_tiles(folders["des_y3"], folders["noiseless"])  # accepted
     noisy, clean = (read_tiles(folder, LMAX, level) for level, folder in folders.items())
     noise = (noisy.kappa - clean.kappa).astype(np.float64)
     ell = np.arange(LMAX + 1)
-    expected = noise_cl("des_y3", 4) * (2 * ell + 1).sum() / (4 * np.pi)  # (4,) variance of white noise up to lmax
+    expected = noise_cl("des_y3") * (2 * ell + 1).sum() / (4 * np.pi)  # (4,) variance of white noise up to lmax
     np.testing.assert_allclose(noise.var(axis=(0, 2, 3)), expected, rtol=0.02)
 
 
@@ -93,8 +92,8 @@ def test_noise_is_known_from_another_sky_however_weak_it_is(lmax: int, noise_lev
             simulated(lmax, level, n_sims=6, seed=s)
             for level, s in ((noise_level, seed), ("noiseless", seed), ("noiseless", seed + 100))
         )
-        assert np.abs(slope_on_signal(noisy, clean)).max() < 0.5 * NOT_NOISE
-        assert (slope_on_signal(noisy, other) < -1.5 * NOT_NOISE).all()
+        assert np.abs(slope_on_signal(noisy, clean)).max() < 0.5 * LARGEST_SLOPE
+        assert (slope_on_signal(noisy, other) < -1.5 * LARGEST_SLOPE).all()
 
 
 @pytest.mark.parametrize("change", ["sky", "simulations", "fewer"])
@@ -124,4 +123,4 @@ def test_other_skies_and_other_simulations_are_refused(
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     noisy, _ = coded_suite(tmp_path)
     with pytest.raises(UserError, match=r"--noiseless-tiles .*nowhere has no shard"):
-        module_of(noisy, tmp_path / "nowhere")
+        split_tiles(noisy, tmp_path / "nowhere")

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SMALL_LMAX, make_tiles, write_tiles
+from data.shards import read_tiles
 
 from compress.config import CompressorConfig
 from compress.model import FieldLevelCompressor, load_compressor
 from compress.train import predict, renew_batch_norm
 from data.module import TileDataModule, whole_dataset
 from data.norm_stats import NormStats, read_norm_stats
-from data.shards import read_tiles
 from data.split import make_manifest, read_manifest, write_manifest
 from npe.model import load_npe, predict_posterior
 

@@ -17,9 +17,12 @@ import pytest
 from conftest import ROOT, SHARED_DATA, make_tiles, write_tiles
 
 from common.errors import UserError
+from data.read_shards import read_tiles
 from data.schema import KEY_NAMES, PARAM_NAMES, nside_of
-from data.shards import open_shard, read_tiles
+from data.shard_metadata import METADATA_KEY
+from data.single_tiles import read_single_tiles
 from data.split import make_manifest
+from data.write_shards import open_shard
 
 LMAX, NSIDE = 16, 8
 
@@ -36,8 +39,9 @@ def published_table(kappa: np.ndarray, keys: np.ndarray, params: np.ndarray, noi
     return pa.table({"kappa": column, **labels, "noise_level": [noise_level] * len(keys)})
 
 
-def test_published_and_compact_layouts_give_bit_equal_tiles(tmp_path: Path) -> None:
-    tiles = make_tiles(6, NSIDE, LMAX)
+@pytest.mark.parametrize("n_bins", [1, 4, 6])
+def test_published_and_compact_layouts_give_bit_equal_tiles(tmp_path: Path, n_bins: int) -> None:
+    tiles = make_tiles(6, NSIDE, LMAX, n_bins=n_bins)
     write_tiles(tmp_path / "compact", tiles, 30)
     (tmp_path / "published").mkdir()
     pq.write_table(
@@ -103,7 +107,7 @@ def test_peak_memory_stays_within_1_3_of_the_array(tmp_path: Path, layout: str) 
     kappa = np.random.default_rng(0).standard_normal((120, 4, nside, nside)).astype(np.float32)
     path = tmp_path / "shard_0000.parquet"  # one file: what is read ahead of it would double the memory
     with contextlib.ExitStack() as open_files:
-        writer = None if layout == "published" else open_files.enter_context(open_shard(path, nside, {}))
+        writer = None if layout == "published" else open_files.enter_context(open_shard(path, {}))
         for start in range(0, n, 120):
             keys, params = tiles.keys[start : start + 120], tiles.params[start : start + 120]
             if layout == "compact":
@@ -114,7 +118,7 @@ def test_peak_memory_stays_within_1_3_of_the_array(tmp_path: Path, layout: str) 
             writer.write_table(table)
     # VmHWM and not ru_maxrss, which a new process takes over from the one that started it.
     code = (
-        "from pathlib import Path\nfrom data.shards import read_tiles\n"
+        "from pathlib import Path\nfrom data.read_shards import read_tiles\n"
         "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1024\n"
         f"before = peak(); tiles = read_tiles(Path({str(tmp_path)!r}), {lmax}, 'des_y3'); print(peak() - before)"
     )
@@ -171,7 +175,7 @@ REFUSALS: dict[str, tuple[Rewrite, list[str]]] = {
     "NaN": (_set_pixel(7, float("nan")), ["shard_0001.parquet, row 7", "NaN or infinite"]),
     "infinity": (_set_pixel(7, float("inf")), ["shard_0001.parquet, row 7", "NaN or infinite"]),
     "beyond float32": (_set_pixel(3, 1e39), ["shard_0001.parquet, row 3", "NaN or infinite"]),
-    "empty pixel": (lambda t: _set_pixel(3, None)(t), ["shard_0001.parquet, row 3", "empty pixels"]),  # type: ignore[arg-type]
+    "empty pixel": (lambda t: _set_pixel(3, None)(t), ["shard_0001.parquet, row 3", "empty, NaN"]),  # type: ignore[arg-type]
     "empty tile": (_set("kappa", 4, None), ["shard_0001.parquet, row 4", "kappa is empty"]),
     "empty label": (_set("w", 4, None), ["shard_0001.parquet, row 4", "w is empty"]),
     "parameter NaN": (_set("w", 4, float("nan")), ["shard_0001.parquet, row 4", "w is not finite"]),
@@ -225,6 +229,29 @@ def test_tiles_of_another_lmax_are_refused(published_shards: Path, run_command: 
     assert "(4, 128, 128)" in line
 
 
+@pytest.mark.parametrize("layout", ["compact", "published"])
+def test_a_folder_of_two_numbers_of_bins_is_refused(tmp_path: Path, layout: str) -> None:
+    for number, n_bins in enumerate((4, 6)):
+        tiles = make_tiles(6, NSIDE, LMAX, n_bins=n_bins)
+        part = tiles.keys[:, 0] % 2 == number
+        tiles = replace(tiles, kappa=tiles.kappa[part], keys=tiles.keys[part], params=tiles.params[part])
+        path = tmp_path / f"shard_000{number}.parquet"
+        if layout == "published":
+            pq.write_table(published_table(tiles.kappa, tiles.keys, tiles.params, "des_y3"), path)
+        else:
+            with open_shard(path, {}) as shard:
+                shard.write(tiles.kappa, tiles.keys, tiles.params, "des_y3")
+    with pytest.raises(UserError, match=r"shard_0001.parquet has tiles of 6 bins, .*shard_0000.parquet of 4"):
+        read_tiles(tmp_path, LMAX, "des_y3")
+
+
+def test_a_shard_without_tiles_is_refused(published_shards: Path) -> None:
+    path = published_shards / "shard_0001.parquet"
+    pq.write_table(pq.read_table(path)[:0], path)
+    with pytest.raises(UserError, match=r"shard_0001.parquet, row 0: kappa is empty"):
+        read_tiles(published_shards, LMAX, "des_y3")
+
+
 def test_a_duplicate_shard_is_refused(published_shards: Path, run_command: Callable) -> None:
     (published_shards / "shard_0007.parquet").write_bytes((published_shards / "shard_0001.parquet").read_bytes())
     line = refused(run_command, published_shards)
@@ -248,11 +275,27 @@ def test_a_truncated_shard_is_refused(published_shards: Path, run_command: Calla
     assert "truncated or damaged" in line
 
 
+def test_single_tiles_need_the_network_s_bins_and_a_shard_that_is_what_was_written(tmp_path: Path) -> None:
+    tiles = make_tiles(2, NSIDE, LMAX, n_bins=6)
+    write_tiles(tmp_path, tiles, 100, {METADATA_KEY: "{}"})
+    shard, array = tmp_path / "shard_0000.parquet", tmp_path / "tiles.npy"
+    np.save(array, tiles.kappa)
+    for path in (shard, array):
+        assert np.array_equal(read_single_tiles(path, LMAX, NSIDE, 6).kappa, tiles.kappa)
+        with pytest.raises(UserError, match=r"--tiles .* (6 bins|float32 \(24, 6, 8, 8\)).* (4 bins|\(4, 8, 8\))"):
+            read_single_tiles(path, LMAX, NSIDE, 4)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1  # in the pixels
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard_0000.parquet is not what was written"):
+        read_single_tiles(shard, LMAX, NSIDE, 6)
+
+
 def test_a_flipped_bit_in_a_compact_shard_is_refused(tmp_path: Path) -> None:
     write_tiles(tmp_path, make_tiles(6, NSIDE, LMAX), 100)
     path = tmp_path / "shard_0000.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1  # in the pixels of the only row group
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"shard_0000.parquet is truncated or damaged"):
+    with pytest.raises(UserError, match=r"shard_0000.parquet is (not what was written|truncated or damaged)"):
         read_tiles(tmp_path, LMAX, "des_y3")

@@ -12,7 +12,7 @@ from conftest import make_tiles
 
 from common.artifacts import sha256_of_json
 from common.errors import UserError
-from data.split import deal_keys, make_manifest, read_manifest, split_indices, write_manifest
+from data.split import make_manifest, read_manifest, split_indices, split_keys, write_manifest
 
 # SHA-256 over the keys of every split of 791 simulations at seed 42. A change means that every
 # published manifest and every run that shares one would no longer be reproduced: do not edit.
@@ -31,7 +31,7 @@ def all_keys(n_sims: int = 791) -> np.ndarray:
     ("split_by", "counts"), [("tile", (6636, 2370, 474, 12)), ("sim", (553 * 12, 197 * 12, 40 * 12, 12))]
 )
 def test_791_simulations_split_as_promised_and_forever(split_by: str, counts: tuple[int, ...]) -> None:
-    splits = deal_keys(all_keys(), 42, split_by, 109)  # type: ignore[arg-type]
+    splits = split_keys(all_keys(), 42, split_by, 109)  # type: ignore[arg-type]
     assert tuple(len(keys) for keys in splits.values()) == counts
     together = np.concatenate(list(splits.values()))
     assert len(np.unique(together, axis=0)) == 791 * 12  # every tile once
@@ -41,26 +41,26 @@ def test_791_simulations_split_as_promised_and_forever(split_by: str, counts: tu
 
 
 def test_whole_simulations_stay_together() -> None:
-    splits = deal_keys(all_keys(40), 42, "sim", 109)
+    splits = split_keys(all_keys(40), 42, "sim", 109)
     sims = [set(keys[:, 0].tolist()) for keys in splits.values()]
     assert sum(len(s) for s in sims) == len(set.union(*sims)) == 40
 
 
 def test_each_split_is_a_fair_sample_of_tiles() -> None:
     # Of 9480 tiles a third has each orientation; a split that preferred one would be no random split.
-    for keys in list(deal_keys(all_keys(), 42, "tile", 109).values())[:3]:
+    for keys in list(split_keys(all_keys(), 42, "tile", 109).values())[:3]:
         share = np.bincount(keys[:, 1], minlength=3) / len(keys)
         assert np.abs(share - 1 / 3).max() < 4 * np.sqrt(2 / 9 / len(keys))
 
 
 def test_another_seed_is_another_split() -> None:
-    a, b = (deal_keys(all_keys(100), seed, "tile", 109)["test"].tolist() for seed in (42, 43))
+    a, b = (split_keys(all_keys(100), seed, "tile", 109)["test"].tolist() for seed in (42, 43))
     assert a != b
 
 
 def test_too_few_tiles_are_refused() -> None:
     with pytest.raises(UserError, match=r"too few for a 5 % test split|too few for a 25 % npe_train"):
-        deal_keys(all_keys(2)[:3], 42, "tile", 109)
+        split_keys(all_keys(2)[:3], 42, "tile", 109)
 
 
 def test_manifest_survives_the_disk_and_refuses_edits(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Held in memory, held as bf16 or streamed from the disk: the same tiles to the bit, whatever fits."""
+"""Tiles held in memory, held as bf16 or read from the disk: the same to the bit, whatever fits."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_LMAX, make_tiles, write_tiles
-from data.shards import Tiles
 
 import common.device
 import common.machine
 import data.cache
-import data.module
+import data.dataset
 from common.errors import UserError
+from compress.evaluate import predict
 from compress.memory import bytes_of_a_step
 from compress.model import FieldLevelCompressor, load_compressor
-from compress.train import predict
 from data.cache import read_tiles_through_cache
-from data.module import TileDataset, batches, whole_dataset
+from data.config import TilesOn
+from data.dataset import TileDataset, batches, whole_dataset
 from data.moments import moments_of
 from data.norm_stats import NormStats, compute_norm_stats
+from data.schema import FOM_PARAMS, columns_of
 from data.stream import TileStream
+from data.tiles import Tiles
 
 CPU = torch.device("cpu")
 STAGE_1 = ["--lmax", SMALL_LMAX, "--noise-level", "noiseless", "--backbone", "tiny", "--max-epochs", 3]
@@ -33,24 +35,25 @@ STAGE_1 += ["--warmup-steps", 5, "--device", "cpu", "--batch-size", 64]
 
 
 def dataset_of(tiles: Tiles, tiles_on: TilesOn = "auto", dtype: torch.dtype = torch.float32) -> TileDataset:
-    norm_stats = compute_norm_stats(tiles.theta, moments_of(tiles.kappa))
-    return whole_dataset(tiles, norm_stats, CPU, dtype, feed)
+    norm_stats = compute_norm_stats(columns_of(tiles.params, FOM_PARAMS), moments_of(tiles.kappa))
+    return whole_dataset(tiles, FOM_PARAMS, norm_stats, CPU, dtype, tiles_on)
 
 
-def test_both_stages_are_the_same_to_the_bit_however_they_are_fed(
+def test_both_stages_are_the_same_to_the_bit_wherever_the_tiles_are(
     small_suite: Path, tmp_path: Path, run_command: Callable
 ) -> None:
     shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
     found = []
-    for feed in ("resident", "stream"):
-        options = ["--results-dir", tmp_path, "--feed", feed, "--tag", feed]
+    for place in ("device", "disk"):
+        options = ["--results-dir", tmp_path, "--tiles-on", place, "--tag", place]
         code, _, err = run_command("run_compressor.py", *STAGE_1, *options)
         assert code == 0, err
-        ckpt = tmp_path / "field_compressor_runs" / feed / "best.ckpt"
-        code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--max-epochs", 3, "--device", "cpu", "--feed", feed)
+        ckpt = tmp_path / "field_compressor_runs" / place / "best.ckpt"
+        stage_2 = ["--ckpt", ckpt, "--max-epochs", 3, "--device", "cpu", "--tiles-on", place]
+        code, _, err = run_command("run_npe.py", *stage_2)
         assert code == 0, err
         metrics = [json.loads(line) for line in ckpt.with_name("metrics.jsonl").read_text().splitlines()]
-        fom = json.loads((tmp_path / "field_npe_runs" / feed / "fom_result.json").read_text())
+        fom = json.loads((tmp_path / "field_npe_runs" / place / "fom_result.json").read_text())
         found.append(
             (
                 load_compressor(ckpt, CPU, "float32").model.state_dict(),
@@ -58,33 +61,33 @@ def test_both_stages_are_the_same_to_the_bit_however_they_are_fed(
                 {k: fom[k] for k in ("fom_fiducial_all", "npe", "calibration", "augmentation_shift_in_sigma")},
             )
         )
-    held, streamed = found
-    assert all(torch.equal(a, b) for a, b in zip(held[0].values(), streamed[0].values(), strict=True))
-    assert held[1:] == streamed[1:]
+    held, read = found
+    assert all(torch.equal(a, b) for a, b in zip(held[0].values(), read[0].values(), strict=True))
+    assert held[1:] == read[1:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tiles_are_held_if_they_fit_beside_the_network_and_streamed_if_not(
+def test_tiles_are_held_if_they_fit_beside_the_network_and_read_from_the_disk_if_not(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tiles(tmp_path, make_tiles(10, 16, 32), rows_per_shard=50)
     tiles, moments = read_tiles_through_cache(tmp_path, 32, "des_y3")
-    norm_stats = compute_norm_stats(tiles.theta, moments)
+    norm_stats = compute_norm_stats(columns_of(tiles.params, FOM_PARAMS), moments)
     torch.manual_seed(0)
-    network = FieldLevelCompressor("tiny", dtype)
+    network = FieldLevelCompressor("tiny", 4, len(FOM_PARAMS), dtype)
     reserve, size = 10_000_000, tiles.kappa.size * dtype.itemsize
     seen = {}
     for share in (1.01, 0.99):
-        free = int(reserve + share * size / data.module.MEMORY_SHARE)
+        free = int(reserve + share * size / data.dataset.MEMORY_SHARE)
         monkeypatch.setattr(common.device, "free_memory", lambda free=free: free)
-        dataset = whole_dataset(tiles, norm_stats, CPU, dtype, reserve=reserve, called="tiles")
+        dataset = whole_dataset(tiles, FOM_PARAMS, norm_stats, CPU, dtype, reserve=reserve, called="tiles")
         assert isinstance(dataset.source, torch.Tensor if share > 1 else TileStream)
         assert dataset.source.dtype is dtype
         said = capsys.readouterr().err
         assert ("held on cpu" in said) == (share > 1)
         assert "of which 0.0 GB for the network" in said
         seen[share] = predict(network, dataset, 50)
-    in_float32 = predict(network, whole_dataset(tiles, norm_stats, CPU, feed="stream"), 50)
+    in_float32 = predict(network, whole_dataset(tiles, FOM_PARAMS, norm_stats, CPU, tiles_on="disk"), 50)
     assert in_float32.std() > 0
     assert all(torch.equal(summary, in_float32) for summary in seen.values())
 
@@ -95,7 +98,7 @@ PEAKS = {128: 3.6, 256: 13.4, 512: 52.5}
 
 @pytest.mark.parametrize("nside", list(PEAKS))
 def test_the_memory_of_a_step_is_that_of_a_gpu(nside: int) -> None:
-    estimate = bytes_of_a_step("efficientnet_v2_s", torch.bfloat16, 128, nside, training=True)
+    estimate = bytes_of_a_step("efficientnet_v2_s", torch.bfloat16, 128, nside, 4, training=True)
     assert estimate / 1e9 == pytest.approx(PEAKS[nside], rel=0.06)
 
 
@@ -106,17 +109,17 @@ def test_at_lmax_1000_an_80_gb_gpu_holds_the_tiles_in_bf16_and_not_in_float32(
     kappa = np.broadcast_to(np.float32(0), (791 * 12, 4, 512, 512))
     tiles = Tiles(kappa, np.zeros((len(kappa), 3), int), np.zeros((len(kappa), 8)), 1000, "des_y3")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (84_000_000_000, 85_000_000_000))
-    monkeypatch.setattr(data.module, "_resident", lambda *_: torch.empty(0))
+    monkeypatch.setattr(data.dataset, "_on_device", lambda *_: torch.empty(0))
     norm_stats = NormStats((0.0,) * 4, (1.0,) * 4, (0.0, 0.0), (1.0, 1.0))
     for dtype, held in ((torch.bfloat16, True), (torch.float32, False)):
-        reserve = bytes_of_a_step("efficientnet_v2_s", dtype, 128, 512, training=True)
-        whole_dataset(tiles, norm_stats, torch.device("cuda"), dtype, reserve=reserve, called="tiles")
+        reserve = bytes_of_a_step("efficientnet_v2_s", dtype, 128, 512, 4, training=True)
+        whole_dataset(tiles, FOM_PARAMS, norm_stats, torch.device("cuda"), dtype, reserve=reserve, called="tiles")
         assert ("held on cuda" in capsys.readouterr().err) == held
 
 
 def test_an_epoch_asks_for_every_batch_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = make_tiles(10, 16, 32)
-    streamed, held = dataset_of(tiles, "stream"), dataset_of(tiles, "resident")
+    streamed, held = dataset_of(tiles, "disk"), dataset_of(tiles, "device")
     assert isinstance(streamed.source, TileStream)
     in_time = 0
     original = streamed.source.read
@@ -169,7 +172,7 @@ def test_a_container_has_no_more_memory_than_its_limit_leaves(
 
 def test_what_was_read_ahead_for_an_epoch_that_was_left_is_not_taken_for_another_batch() -> None:
     tiles = make_tiles(10, 16, 32)
-    streamed, held = dataset_of(tiles, "stream"), dataset_of(tiles, "resident")
+    streamed, held = dataset_of(tiles, "disk"), dataset_of(tiles, "device")
     next(batches(streamed, 32, torch.Generator().manual_seed(3)))  # the second batch is on its way
     positions = torch.arange(32)
     assert torch.equal(streamed.__getitems__(positions)[0], held.__getitems__(positions)[0])
