@@ -29,10 +29,10 @@ from data.mock.nz import nz_of_bins
 from data.mock.theory import BIN_PAIRS
 from data.sphere.pixel_window import pixel_window
 
-# Edges of the shells in Mpc/h, but for the observer. The near ones are thin, because a shell is weighted by its middle
+# Edges of the shells in Mpc/h, after the observer. Near shells are thin, because a shell is weighted by its middle
 # (50 Mpc/h make the spectrum of bin 1 one per cent too strong, 20 make it 0.3).
 THIN_SHELLS, THICK_SHELLS = np.arange(40.0, 1000.0, 20.0), np.arange(1000.0, 9000.0, 125.0)
-Z_END = 2.6  # of the shells that are there; one more reaches beyond, marked as incomplete
+Z_END = 2.6  # of the complete shells; one more, marked as incomplete, reaches beyond
 Z_BEYOND = 4.0
 PARTICLES_PER_VOLUME = 0.645  # [(h/Mpc)^3], 1080^3 in a box of 1250 Mpc/h
 FIDUCIAL_SIM_ID = 109
@@ -88,13 +88,13 @@ def z_values_text(shells: Shells) -> str:
 
 @lru_cache(maxsize=2)
 def gaussian_spectra(cosmo: tuple[float, ...], nside: int) -> list[list[np.ndarray]]:
-    """Spectra of the Gaussian fields that become the matter of every shell; once for all skies of a cosmology."""
+    """Spectra of the Gaussian fields behind the matter of each shell, computed once for all skies of a cosmology."""
     shells = shells_of(np.array(cosmo))
     # Particles are counted over whole pixels, hence the window; pixels of a synthesised map are points.
     cls = matter_cl(np.array(cosmo), shells, 2 * nside) * pixel_window(nside, 2 * nside) ** 2
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        # The solver divides by multipoles that are zero, and finds no lognormal field quite as clumpy as the matter
-        # in the first shell (0.4 % of the power of bin 1 at ell = 350, less elsewhere).
+        # The solver divides by multipoles that are zero, and cannot make a lognormal field quite as clustered as the
+        # matter in the first shell (0.4 % of the power of bin 1 at ell = 350, less elsewhere).
         warnings.filterwarnings("ignore", message="Gaussian spectrum .* did not converge")
         return [[np.maximum(gl, 0) for gl in glass.solve_gaussian_spectra([MATTER], [cl])] for cl in cls]
 

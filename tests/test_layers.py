@@ -62,8 +62,8 @@ def test_only_mock_and_ingest_know_the_sphere() -> None:
 def test_both_stages_import_where_the_sphere_and_modal_are_absent(tmp_path: Path) -> None:
     for name in ("ducc0", "healpy", "pyccl", "astropy", "modal"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no module {name}', name='{name}')\n")
-    modules = "compress.train, npe.train, data.audit, run_compressor, run_npe, run_mock, run_ingest, run_check"
-    code = f"import {modules}; print(run_npe.remote.modal)"
+    modules = "compress.stage, npe.stage, data.audit, run_compressor, run_npe, run_mock, run_ingest, run_check"
+    code = f"import {modules}; print(run_npe.app)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,24 +21,28 @@ import pytest
 import torch
 from conftest import GUARD_S, ROOT, SMALL_LMAX
 
-from common import remote
-from compress.config import CompressorConfig
+from common import command
+from common.errors import UserError
+from common.options import parse_args, with_signature_of
+from compress.config import RECIPES, CompressorConfig
+from compress.result import CompressorResult
 from data.config import CheckConfig, FetchConfig
 from data.ingest.config import IngestConfig
 from npe.config import NPEConfig, PredictConfig, SweepConfig
+from npe.result import read_fom_result
 
 pytest.importorskip("modal")
 pytestmark = pytest.mark.modal
 
 FUNCTIONS = {
-    "run_compressor": "compressor_in_container",
-    "run_npe": "npe_in_container",
-    "run_mock": "mock_in_container",
-    "run_check": "check_in_container",
-    "run_sweep": "point_in_container",
-    "run_ingest": "ingest_in_container",
-    "run_predict": "predict_in_container",
-    "run_fetch": "fetch_in_container",
+    "run_compressor": command.on_gpu,
+    "run_npe": command.on_gpu,
+    "run_mock": command.on_cpu,
+    "run_check": command.on_cpu,
+    "run_sweep": command.on_gpu,
+    "run_ingest": command.on_small,
+    "run_predict": command.on_cpu,
+    "run_fetch": command.on_cpu,
 }
 
 
@@ -51,7 +56,10 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", sorted(FUNCTIONS))
 def test_functions_ask_for_what_a_long_run_needs(script: str) -> None:
-    info = getattr(importlib.import_module(script), FUNCTIONS[script]).info()
+    module = importlib.import_module(script)
+    assert command.CONTAINERS[module.COMMAND.machine] is FUNCTIONS[script]
+    command.function_named(module.COMMAND.function)  # is there
+    info = FUNCTIONS[script].info()
     gpus = ["H100", "A100-80GB"] if script in ("run_compressor", "run_npe", "run_sweep") else []
     assert [name for name, _ in info.gpus or []] == gpus
     assert info.timeout == 24 * 3600
@@ -109,13 +117,14 @@ def test_both_stages_run_inside_their_functions(small_suite: Path) -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # .local() says that it is not what one usually wants
-        result = run_compressor.compressor_in_container.local(asdict(stage_1))
-        ckpt = Path(result["folder"]) / "best.ckpt"
-        fom = run_npe.npe_in_container.local(asdict(NPEConfig(ckpt=str(ckpt), max_epochs=3)))
-        again = run_npe.npe_in_container.local(asdict(NPEConfig(ckpt=str(ckpt), max_epochs=3)))
-    written = json.loads((small_suite / "field_npe_runs" / "modal" / "fom_result.json").read_text())
-    assert written == fom
-    assert "holds a finished run" in again["user_error"]  # a value: raised, Modal would retry it ten times
+        result = command.on_gpu.local(run_compressor.COMMAND.function, stage_1)
+        stage_2 = NPEConfig(ckpt=f"{result.folder}/best.ckpt", max_epochs=3)
+        fom = command.on_gpu.local(run_npe.COMMAND.function, stage_2)
+        again = command.on_gpu.local(run_npe.COMMAND.function, stage_2)
+    assert read_fom_result(small_suite / "field_npe_runs" / "modal") == pickle.loads(pickle.dumps(fom))
+    assert "holds a finished run" in str(again)  # a value: raised, Modal would retry it ten times
+    with pytest.raises(UserError, match="holds a finished run"):
+        command.raised(pickle.loads(pickle.dumps(again)))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +136,7 @@ def test_both_stages_run_inside_their_functions(small_suite: Path) -> None:
     ],
 )
 def test_paths_mean_the_volume_in_a_container(path: str) -> None:
-    config = remote._on_volume(NPEConfig(ckpt=path, tiles_dir=path, calibration_tiles=path, noiseless_tiles=path))
+    config = command.on_volume(NPEConfig(ckpt=path, tiles_dir=path, calibration_tiles=path, noiseless_tiles=path))
     for moved in (config.ckpt, config.tiles_dir, config.calibration_tiles, config.noiseless_tiles):
         assert moved == "/results/field_compressor_runs/t/best.ckpt"
     assert config.results_dir == "/results"
@@ -160,18 +169,18 @@ def test_a_container_that_dies_goes_on_in_the_next_one(
     shutil.copytree(small_suite / "tiles", mount / "tiles")
     volume = FakeVolume(mount)
     volume.commit()
-    monkeypatch.setattr(remote.modal, "is_local", lambda: False)
-    monkeypatch.setattr(remote, "volume", volume)
-    monkeypatch.setattr(remote, "RESULTS", str(mount))
+    monkeypatch.setattr(command.modal, "is_local", lambda: False)
+    monkeypatch.setattr(command, "volume", volume)
+    monkeypatch.setattr(command, "RESULTS", str(mount))
     config = CompressorConfig(
         lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=3, batch_size=64, checkpoint_seconds=0
     )
 
-    def start(tag: str) -> dict[str, Any]:
+    def start(tag: str) -> CompressorResult:
         volume.calls.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return run_compressor.compressor_in_container.local(asdict(replace(config, tag=tag)))
+            return command.on_gpu.local(run_compressor.COMMAND.function, replace(config, tag=tag))
 
     start("whole")
     assert volume.calls[0] == "reload"
@@ -190,7 +199,7 @@ def test_a_container_that_dies_goes_on_in_the_next_one(
     assert before > 0
     (mount / "field_compressor_runs/died/last.ckpt").write_bytes(b"never committed")
     start("died")
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     assert volume.calls[0] == "reload"
     assert before + volume.calls.count("commit") <= n_commits + 1
     tensors = [
@@ -209,15 +218,14 @@ def test_a_preempted_container_saves_and_is_retried(
     small_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGINT comes back to Modal as a KeyboardInterrupt, after the saving."""
-    import run_npe
 
     def stop(_: NPEConfig, on_checkpoint: Callable[[], None]) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the signal was not heard")
 
-    monkeypatch.setattr("npe.train.train_npe", stop)
+    monkeypatch.setattr("npe.stage.run_npe", stop)
     with pytest.warns(UserWarning, match="local"), pytest.raises(KeyboardInterrupt):
-        run_npe.npe_in_container.local(asdict(NPEConfig(ckpt="x")))
+        command.on_gpu.local("npe.stage.run_npe", NPEConfig(ckpt="x"))
 
 
 def test_paths_inside_quotes_mean_the_volume_as_well() -> None:
@@ -225,7 +233,7 @@ def test_paths_inside_quotes_mean_the_volume_as_well() -> None:
         stage_1="--backbone tiny --tiles-dir 'results/my tiles/lmax_{lmax}' --noiseless-tiles=results/clean",
         stage_2="--calibration-tiles /results/fresh",
     )
-    run = remote._on_volume(config).runs[0]
+    run = command.on_volume(config).runs[0]
     assert run.compressor().tiles_dir == "/results/my tiles/lmax_{lmax}"
     assert run.compressor().noiseless_tiles == "/results/clean"
     assert run.npe("x").calibration_tiles == "/results/fresh"
@@ -243,11 +251,11 @@ def test_a_volume_that_is_there_is_taken_whatever_its_version(version: int) -> N
 
     class Stub:
         async def VolumeGetOrCreate(self, request: Any) -> Any:
-            metadata = api_pb2.VolumeMetadata(name=remote.VOLUME_NAME, version=version)
+            metadata = api_pb2.VolumeMetadata(name=command.VOLUME_NAME, version=version)
             return api_pb2.VolumeGetOrCreateResponse(volume_id="vo-1", metadata=metadata)
 
     client: Any = type("Client", (), {"_stub": Stub()})()
-    volume: Any = synchronizer._translate_in(remote.volume)  # type: ignore[attr-defined]
+    volume: Any = synchronizer._translate_in(command.volume)  # type: ignore[attr-defined]
     asyncio.run(volume._load(volume, None, LoadContext(client=client, environment_name="main"), None))
     assert volume.object_id == "vo-1"
 
@@ -258,16 +266,15 @@ def test_a_sweep_is_led_and_its_curve_written_in_a_container(
     """The client may be gone by then."""
     import run_sweep
 
-    points: list[int] = []
+    called: list[str] = []
 
-    def side_by_side(inputs: list[tuple[dict[str, Any], int]], return_exceptions: bool) -> list[Any]:
+    def side_by_side(inputs: list[tuple[str, Any]], return_exceptions: bool) -> list[Any]:
         assert return_exceptions
-        points.extend(number for _, number in inputs)
-        found: list[Any] = [one_of_many.local(*arguments) for arguments in inputs[:-1]]
+        called.extend(function for function, _ in inputs)
+        found: list[Any] = [command.on_gpu.local(*arguments) for arguments in inputs[:-1]]
         return [*found, RuntimeError("the container was lost")]
 
-    one_of_many = run_sweep.point_in_container
-    monkeypatch.setattr(run_sweep, "point_in_container", SimpleNamespace(starmap=side_by_side))
+    monkeypatch.setitem(command.CONTAINERS, "gpu", SimpleNamespace(starmap=side_by_side))
     config = SweepConfig(
         results_dir=str(tmp_path), lmax=str(SMALL_LMAX), noise_level="noiseless", seeds=2,
         stage_1=f"--backbone tiny --max-epochs 1 --tiles-dir {small_suite}/tiles/lmax_{{lmax}}_{{noise_level}}",
@@ -275,8 +282,22 @@ def test_a_sweep_is_led_and_its_curve_written_in_a_container(
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = run_sweep.sweep_in_container.local(asdict(config))
-    assert points == [0, 1]
-    assert run_sweep.sweep_in_container.info().nonpreemptible
-    assert [point["error"] for point in result["points"] if "error" in point] == ["the container was lost"]
-    assert json.loads((tmp_path / "sweeps/sweep/fom_vs_lmax.json").read_text()) == result
+        result = command.lead.local(run_sweep.COMMAND.side_by_side, config, "gpu")
+    assert called == ["npe.sweep.run_point"] * 2
+    assert command.lead.info().nonpreemptible
+    errors = [point["error"] for point in result.points if "error" in point]
+    assert errors == ["RuntimeError: the container was lost"]
+    assert json.loads((tmp_path / "sweeps/sweep/fom_vs_lmax.json").read_text()) == asdict(result)
+
+
+def test_a_recipe_stands_behind_what_the_user_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client gives every option a value, so an option that was given as its default is told by its flag."""
+    built: list[CompressorConfig] = []
+    main = with_signature_of(CompressorConfig, built.append)
+    defaults = {field.name: field.default for field in fields(CompressorConfig)}
+    for words in (["--recipe", "laptop", "--lmax", "100"], ["--recipe=laptop", "--max-epochs=500", "--lmax", "100"]):
+        monkeypatch.setattr(sys, "argv", ["modal", "run", "run_compressor.py", *words])
+        main(**defaults | {"recipe": "laptop", "lmax": 100})
+        assert built[-1] == parse_args(CompressorConfig, words)
+    assert [config.max_epochs for config in built] == [RECIPES["laptop"]["max_epochs"], 500]
+    assert built[1].backbone == RECIPES["laptop"]["backbone"]

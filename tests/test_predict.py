@@ -111,7 +111,7 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         found["fresh" if fresh else "suite"] = (
             noisy.kappa,
             noisy.kappa - clean.kappa,
-            columns_of(noisy.params, ("Omega_m", "S8")),
+            theta,
             noisy.keys[:, 0],
         )
     return found

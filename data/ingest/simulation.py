@@ -69,12 +69,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to a simulation.
-
-    Attributes:
-        problem: why it was left out; empty if its tiles are written.
-        incomplete: steps of the lightcone that were left out.
-    """
+    """What happened to a simulation: the problem for which it is left out, and the shells left out as incomplete."""
 
     sim_id: int
     problem: str = ""
@@ -160,10 +155,7 @@ def _cut(alm: np.ndarray, alm_lmax: int, lmax: int, geometry: str) -> np.ndarray
 def _on_disk(job: Job) -> Iterator[Path]:
     """The source as a file or folder. A download is deleted once it has been read, or has proved damaged."""
     if "://" not in job.source:
-        path = Path(job.source)
-        if not path.exists():
-            raise BadSimulationError(f"{path} does not exist")
-        yield path
+        yield Path(job.source)
         return
     path = Path(job.downloads, job.source.rsplit("/", 1)[1])
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,8 +34,9 @@ ARCHIVE_NAME = "sim{:05d}.tar.gz"  # as the Gower Street site serves them
 SUMMARY_NAME = "ingest.json"
 DOWNLOADS = "downloads"  # below --results-dir; an archive stays there until it has been read
 LOCAL_DISK = "/tmp/downloads"  # likewise in a container: not on the Volume
-# A worker's memory at nside 2048: four maps and a shell in float32, and the transform of one in double precision.
-WORKER_MEMORY = 3 * 1024**3
+MAP_BYTES = 4 * 12 * 2048**2  # a float32 map of the Gower Street simulations
+# What a worker holds besides a map per bin, in such maps: a shell, and the transform of a map in double precision.
+MAPS_PER_WORKER = 12
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,9 @@ def plan(config: IngestConfig) -> IngestPlan:
         folder = tiles_folder("", config.results_dir, lmax, level)
         description = describe(config.geometry, {**options, "lmax": lmax, "noise_level": level})
         outputs.append(Output(lmax, level, str(folder), description))
-    downloads = str(Path(config.results_dir, DOWNLOADS))
-    found = find_sources(config, parameters)
-    return IngestPlan(
-        config, [Job(n, parameters[n], found[n], z, nz, tuple(outputs), downloads, config) for n in found]
-    )
+    shared = (z, nz, tuple(outputs), f"{config.results_dir}/{DOWNLOADS}", config)
+    sources = find_sources(config, parameters)
+    return IngestPlan(config, [Job(sim_id, parameters[sim_id], source, *shared) for sim_id, source in sources.items()])
 
 
 def find_sources(config: IngestConfig, parameters: dict[int, np.ndarray]) -> dict[int, str]:
@@ -121,8 +120,9 @@ def run_ingest(plan: IngestPlan, on_checkpoint: Callable[[], None] = lambda: Non
         for output in plan.outputs:
             held.enter_context(exclusive(Path(output.folder)))
         jobs = _unfinished(plan)
-        n_workers = plan.config.workers or max(1, min(usable_cores(), free_memory() // WORKER_MEMORY))
-        n_workers = min(n_workers, len(jobs))
+        n_bins = len(plan.jobs[0].nz) or 4  # not known yet for --kappa-maps
+        memory = (MAPS_PER_WORKER + n_bins) * MAP_BYTES
+        n_workers = min(plan.config.workers or max(1, min(usable_cores(), free_memory() // memory)), len(jobs))
         if n_workers <= 1:
             outcomes = _collect(map(ingest, jobs), plan.config.strict, len(jobs))
         else:
@@ -169,9 +169,8 @@ def _unfinished(plan: IngestPlan) -> list[Job]:
     Raises:
         UserError: a folder holds other tiles, or cannot be written.
     """
-    finished: set[Path] = set()
-    for output in plan.outputs:
-        finished |= finished_shards(Path(output.folder), output.description, plan.config.restart)
+    restart = plan.config.restart
+    finished = set().union(*(finished_shards(Path(o.folder), o.description, restart) for o in plan.outputs))
     return [job for job in plan.jobs if any(output.shard(job.sim_id) not in finished for output in job.outputs)]
 
 

@@ -74,16 +74,9 @@ def main() -> None:
     coefficients, *_ = np.linalg.lstsq(basis, (ln_cl - mean) @ components.T, rcond=None)
     residual = basis @ coefficients @ components + mean - ln_cl
     print(f"rms of the residual in ln C_ell {residual.std():.1e}, largest {np.abs(residual).max():.1e}")
-    np.savez_compressed(
-        TABLE_PATH,
-        ell=ELL,
-        lower=lower,
-        upper=upper,
-        exponents=exponents.astype(np.int8),
-        coefficients=coefficients.astype(np.float32),
-        components=components.astype(np.float32),
-        mean=mean,
-    )
+    table = dict(ell=ELL, lower=lower, upper=upper, exponents=exponents.astype(np.int8), mean=mean)
+    table |= dict(coefficients=coefficients.astype(np.float32), components=components.astype(np.float32))
+    np.savez_compressed(TABLE_PATH, **table)
     print(f"wrote {TABLE_PATH.name}: {TABLE_PATH.stat().st_size / 1024:.0f} KB")
 
 
