@@ -80,7 +80,7 @@ def test_a_mock_suite_and_its_noiseless_one_differ_by_noise_of_the_stated_power(
     noisy, clean = (read_tiles(folder, LMAX, level) for level, folder in folders.items())
     noise = (noisy.kappa - clean.kappa).astype(np.float64)
     ell = np.arange(LMAX + 1)
-    expected = noise_cl("des_y3") * (2 * ell + 1).sum() / (4 * np.pi)  # (4,) variance of white noise up to lmax
+    expected = noise_cl("des_y3", 4) * (2 * ell + 1).sum() / (4 * np.pi)  # (4,) variance of white noise up to lmax
     np.testing.assert_allclose(noise.var(axis=(0, 2, 3)), expected, rtol=0.02)
 
 
