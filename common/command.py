@@ -74,8 +74,8 @@ class Command(Generic[Config]):
     def modal_app(self) -> Any:
         """What `modal run` looks for in a run_*.py, with this command as its entry point; None without Modal."""
         if modal is not None:
-            entry = with_signature_of(self.config_class, exit_on_user_error(self._run_on_modal))
-            app.local_entrypoint(name=self.name)(entry)
+            main = exit_on_user_error(with_signature_of(self.config_class, self._run_on_modal))
+            app.local_entrypoint(name=self.name)(main)
         return None if modal is None else app
 
     def _run_on_modal(self, config: Config) -> None:

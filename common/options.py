@@ -197,7 +197,7 @@ def with_signature_of(config_class: type[Config], use: Callable[[Config], None])
         }
         use(_with_recipe(config_class, given))
 
-    modal_main.__doc__ = config_class.__doc__
+    modal_main.__doc__, modal_main.__qualname__ = config_class.__doc__, "modal_main"  # as if it were no inner function
     modal_main.__signature__ = inspect.signature(config_class)  # type: ignore[attr-defined]
     modal_main.__annotations__ = typing.get_type_hints(config_class)
     return modal_main

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,6 +30,15 @@ class AuditedTiles:
     audit: Audit
 
 
+@dataclass(frozen=True)
+class CheckResult:
+    """What run_check.py prints."""
+
+    audit: Audit
+    folder: str
+    elapsed_s: float
+
+
 def read_and_split(folder: Path, options: SplitOptions, manifest: SplitManifest | None = None) -> AuditedTiles:
     """Read the tiles of a folder, split them as the manifest says, or anew if there is none, and audit them.
 
@@ -45,7 +53,7 @@ def read_and_split(folder: Path, options: SplitOptions, manifest: SplitManifest 
     return AuditedTiles(tiles, moments, manifest, rows, audit)
 
 
-def check_tiles(config: CheckConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def check_tiles(config: CheckConfig, on_checkpoint: Callable[[], None] = lambda: None) -> CheckResult:
     """Read the tiles of a folder, split them as stage 1 would, audit them.
 
     Args:
@@ -53,7 +61,7 @@ def check_tiles(config: CheckConfig, on_checkpoint: Callable[[], None] = lambda:
         on_checkpoint: called at the end: the cache of the tiles may be new (Modal commits its Volume).
 
     Returns:
-        what Audit.to_json gives, and warnings, folder, elapsed_s.
+        the audit, with the folder of the tiles and the seconds that it took.
 
     Raises:
         UserError: as read_and_split.
@@ -62,5 +70,4 @@ def check_tiles(config: CheckConfig, on_checkpoint: Callable[[], None] = lambda:
     folder = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level)
     audit = read_and_split(folder, config).audit
     on_checkpoint()
-    elapsed_s = round(time.monotonic() - start, 1)
-    return {**audit.to_json(), "warnings": audit.warnings(), "folder": str(folder), "elapsed_s": elapsed_s}
+    return CheckResult(audit, str(folder), round(time.monotonic() - start, 1))
