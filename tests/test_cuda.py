@@ -39,7 +39,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             if next(left) == 0:
                 raise Interrupted(signal.SIGTERM)
 
-        monkeypatch.setattr("data.module.check", check)
+        monkeypatch.setattr("data.dataset.check", check)
 
     return arm
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from data.shards import read_orientations, read_tiles
 from scipy.stats import gamma, kstest, norm
 
 from common.errors import UserError
@@ -22,7 +21,9 @@ from data.mock.flat import flat_tiles, modes_of, powers_of
 from data.mock.nz import N_BINS
 from data.mock.suite import build_suite
 from data.mock.theory import BIN_PAIRS, cl_matrix, theory_cl_at
+from data.read_shards import read_tiles
 from data.schema import noise_cl
+from data.shard_metadata import read_orientations
 
 LMAX, NSIDE, NOISE_LEVEL = 60, 24, "des_y3"  # few modes: broad posteriors that feel the prior and are not Gaussian
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GUARD_S, ROOT, SMALL_LMAX, make_tiles
-from data.shards import open_shard
 
-from common.artifacts import claimed, write_json
+from common.artifacts import write_json
 from common.checkpoint import save_checkpoint
 from common.errors import UserError
 from common.figures import figure
+from common.lock import exclusive
 from common.progress import write_metrics
+from data.write_shards import open_shard
 
 
 class Disk:
@@ -59,7 +60,7 @@ def write_picture(path: Path, version: int) -> None:
 
 def write_shard(path: Path, version: int) -> None:
     tiles = make_tiles(2, 4, 8, seed=version)
-    with open_shard(path, 4, {}) as shard:
+    with open_shard(path, {}) as shard:
         shard.write(tiles.kappa, tiles.keys, tiles.params, tiles.noise_level)
 
 
@@ -137,7 +138,7 @@ def test_two_processes_cannot_write_one_folder_and_a_dead_one_does_not_hold_it(
     folder.mkdir(parents=True)
     options = ["--results-dir", tmp_path, "--lmax", SMALL_LMAX, "--noise-level", "noiseless", "--backbone", "tiny"]
     options += ["--tag", "t", "--max-epochs", 1, "--device", "cpu"]
-    hold = f"from pathlib import Path; from common.artifacts import claimed\nwith claimed(Path({str(folder)!r})): "
+    hold = f"from pathlib import Path; from common.lock import exclusive\nwith exclusive(Path({str(folder)!r})): "
     code = hold + "print('held', flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -155,7 +156,7 @@ def test_two_processes_cannot_write_one_folder_and_a_dead_one_does_not_hold_it(
 
 def test_where_nothing_can_be_written_it_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot write .*--results-dir"), claimed(tmp_path / "file" / "runs" / "t"):
+    with pytest.raises(UserError, match=r"cannot write .*--results-dir"), exclusive(tmp_path / "file" / "runs" / "t"):
         pass
 
 
@@ -167,6 +168,6 @@ def test_where_the_file_system_has_no_locks_it_goes_on_with_a_warning(
 
     monkeypatch.setattr("fcntl.flock", missing)
     for _ in range(2):  # nothing is left that the next process, or container, would wait for
-        with claimed(tmp_path / "run"):
+        with exclusive(tmp_path / "run"):
             (tmp_path / "run").mkdir(exist_ok=True)
             assert "without locks" in capsys.readouterr().err

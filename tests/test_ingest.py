@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from conftest import GUARD_S, ROOT, SHARED_DATA
-from data.shards import read_orientations, read_tiles
 from fake_lightcones import PARTICLES_PER_VOLUME, lensing_cl, shells_of, write_lightcone, write_nz, write_parameters
 
 from common.artifacts import CannotWriteError
@@ -43,7 +42,9 @@ from data.ingest.suite import ingest_side_by_side, plan, run_ingest
 from data.mock.cosmology import FIDUCIAL, FIDUCIAL_COSMO, design, params_of
 from data.mock.nz import nz_of_bins
 from data.mock.theory import BIN_PAIRS
+from data.read_shards import read_tiles
 from data.schema import PARAM_NAMES, noise_cl
+from data.shard_metadata import read_orientations
 from data.sky import ORIENTATIONS
 from data.sphere.harmonics import white_alm
 from data.sphere.pixel_window import pixel_window

@@ -11,7 +11,6 @@ import ducc0
 import numpy as np
 import pytest
 from conftest import SHARED_DATA, SMALL_LMAX, SMALL_SUITE
-from data.shards import read_tiles
 from scipy.special import sph_harm_y
 from scipy.stats import kstest
 
@@ -22,7 +21,8 @@ from data.mock.fields import gaussian_cl_of_lognormal, hilbert_shift, signal_alm
 from data.mock.nz import N_BINS
 from data.mock.suite import FRESH_SEED_OFFSET, build_suite
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, theory_cl
-from data.schema import FACES, SURVEYS, noise_cl, nside_of
+from data.read_shards import read_tiles
+from data.schema import FACES, FOM_PARAMS, SURVEYS, columns_of, noise_cl, nside_of
 from data.sky import ORIENTATIONS, equatorial_face, rotation, tile_centres, tiles_at
 from data.sphere.harmonics import ell_of_alm, noise_alm
 from data.sphere.tiles import tiles_of_alm
@@ -318,7 +318,7 @@ def test_shards_of_others_are_never_deleted(tmp_path: Path) -> None:
 def test_labels_are_those_of_the_design(small_tiles_dir: Path) -> None:
     tiles = read_tiles(small_tiles_dir, SMALL_LMAX, "noiseless")
     _, cosmologies = design(60, 42, 109)
-    np.testing.assert_array_equal(tiles.theta[::12], cosmologies[:, :2])
+    np.testing.assert_array_equal(columns_of(tiles.params, FOM_PARAMS)[::12], cosmologies[:, :2])
     # And the pixels are of that cosmology: their variance is the sum over the theory spectrum.
     ell = np.arange(SMALL_LMAX + 1)
     cl = theory_cl(cosmologies, SMALL_LMAX)[:, [BIN_PAIRS.index((i, i)) for i in range(4)]]  # (60, 4, n_ell)

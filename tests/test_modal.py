@@ -183,7 +183,7 @@ def test_a_container_that_dies_goes_on_in_the_next_one(
             if next(places) == 20:
                 raise RuntimeError("the container is gone")
 
-        patch.setattr("data.module.check", die)
+        patch.setattr("data.dataset.check", die)
         with pytest.raises(RuntimeError):
             start("died")
     before = volume.calls.count("commit")

@@ -13,13 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SMALL_LMAX, make_tiles, write_tiles
-from data.shards import read_tiles
 
 from compress.config import CompressorConfig
 from compress.model import FieldLevelCompressor, load_compressor
 from compress.train import predict, renew_batch_norm
-from data.module import TileDataModule, whole_dataset
+from data.dataset import whole_dataset
+from data.module import TileDataModule
 from data.norm_stats import NormStats, read_norm_stats
+from data.read_shards import read_tiles
+from data.schema import FOM_PARAMS
 from data.split import make_manifest, read_manifest, write_manifest
 from npe.model import load_npe, predict_posterior
 
@@ -323,7 +325,7 @@ def test_averaged_weights_are_the_stated_recursion_and_leave_the_training_alone(
 def test_renewed_batch_norm_statistics_are_those_of_the_tiles_as_they_are(tmp_path: Path) -> None:
     """Two routes for the first layer: its own bookkeeping, and moments of the convolution's output."""
     tiles = make_tiles(8, 16, 32)
-    dataset = whole_dataset(tiles, NormStats((0.0,) * 4, (1.0,) * 4, (0.3, 0.8), (0.1, 0.1)), CPU)
+    dataset = whole_dataset(tiles, FOM_PARAMS, NormStats((0.0,) * 4, (1.0,) * 4, (0.3, 0.8), (0.1, 0.1)), CPU)
     torch.manual_seed(0)
     model = FieldLevelCompressor("tiny")
     config = CompressorConfig(backbone="tiny", norm_tiles=len(tiles.keys), batch_size=32)

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SMALL_LMAX
-from data.shards import read_tiles
 from npe.likeness import N_BANDS, TESTS, Likeness, Reference, spectra_of
 
 from common.device import pick_precision
@@ -25,6 +24,8 @@ from compress.train import train_compressor
 from data.config import NoiseLevel
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
+from data.read_shards import read_tiles
+from data.schema import FOM_PARAMS, columns_of
 from npe.config import NPEConfig, PredictConfig
 from npe.predict import predict_tiles
 from npe.train import train_npe
@@ -105,7 +106,12 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         suite = {"results_dir": str(results), "lmax": LMAX, "n_sims": 60, "fresh": fresh}
         folders = {level: build_suite(MockConfig(noise_level=level, **suite))["folder"] for level in LEVELS}
         noisy, clean = (read_tiles(Path(folder), LMAX, level) for level, folder in folders.items())
-        found["fresh" if fresh else "suite"] = (noisy.kappa, noisy.kappa - clean.kappa, noisy.theta, noisy.keys[:, 0])
+        found["fresh" if fresh else "suite"] = (
+            noisy.kappa,
+            noisy.kappa - clean.kappa,
+            columns_of(noisy.params, FOM_PARAMS),
+            noisy.keys[:, 0],
+        )
     return found
 
 

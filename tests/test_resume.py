@@ -27,9 +27,9 @@ from common.errors import UserError
 from common.resume import KIND, LastCheckpoint
 from compress.config import CompressorConfig
 from compress.train import train_compressor
+from data.dataset import TileDataset
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
-from data.module import TileDataset
 from npe.config import NPEConfig
 from npe.train import train_npe
 
@@ -213,7 +213,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             if next(calls) == place:
                 raise interrupt.Interrupted(signal.SIGTERM)
 
-        monkeypatch.setattr("data.module.check", check)
+        monkeypatch.setattr("data.dataset.check", check)
 
     return arm
 
