@@ -88,7 +88,8 @@ from data.dataset import whole_dataset
 from data.norm_stats import NormStats
 stats = NormStats((0.0,) * 4, (0.01,) * 4, (0.3, 0.8), (0.1, 0.1))
 before, start = now(), time.perf_counter()
-kappa = whole_dataset(read_tiles_through_cache(folder, 200, "des_y3")[0], ("Omega_m", "S8"), stats, torch.device("cpu")).source
+tiles, _ = read_tiles_through_cache(folder, 200, "des_y3")
+kappa = whole_dataset(tiles, ("Omega_m", "S8"), stats, torch.device("cpu")).source
 """,
 }
 FROM_CACHE = ("ours, later start", "ours, ready to train")

@@ -1,7 +1,7 @@
 """Tiles that stay on the disk against tiles in memory: `python benchmarks/streaming.py`.
 
-One epoch of stage 1 (tiny, 512 x 512 pixels, the size of lmax 1000) by its command, once with --feed resident and
-once with --feed stream, from the cache of two suites, one twice as large as the other. Time of an epoch, and the
+One epoch of stage 1 (tiny, 512 x 512 pixels, the size of lmax 1000) by its command, once with --tiles-on device and
+once with --tiles-on disk, from the cache of two suites, one twice as large as the other. Time of an epoch, and the
 peak of the memory that cannot be given back to the system (RssAnon; Linux). Tiles are white noise written straight
 into the cache's format, so that nothing but feeding differs. Header of the output: processor, cores, versions.
 """
