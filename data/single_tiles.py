@@ -57,9 +57,7 @@ def _of_shard(path: Path, lmax: int, nside: int, n_bins: int) -> tuple[np.ndarra
         rows = zip(*(column.to_pylist() for column in file.read(names).columns), strict=True)
         found = n_bins_of(path, file)
     if found != n_bins:
-        raise UserError(
-            f"--tiles {path} has {found} bins, but the network takes {n_bins} bins; give such tiles"
-        )
+        raise UserError(f"--tiles {path} has {found} bins, but the network takes {n_bins} bins; give such tiles")
     chunks = list(kappa_of_shard(path, n_bins, nside, lmax))
     kappa = empty_kappa(sum(map(len, chunks)), n_bins, nside)
     np.concatenate(chunks, out=kappa)
