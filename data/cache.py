@@ -42,9 +42,8 @@ def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: i
     """What read_tiles gives, and its moments; kappa is the cache mapped into memory, made first unless one fits.
 
     Mapped pixels are read-only and take no memory but what the system has to spare, so any number of tiles can be
-    opened. A shard counts as unchanged if its size, inode and times are those of when the cache was made, or else if
-    its content is. Where the cache cannot be written (no space, no permission) there is a warning, and kappa is in
-    memory.
+    opened. A shard counts as unchanged if its size, inode and times are, or failing that its content. Where the cache
+    cannot be written (no space, no permission) there is a warning, and kappa is in memory.
 
     Raises:
         UserError: as read_tiles; or a shard has changed since the cache was made; or the cache cannot be written and
@@ -101,7 +100,7 @@ def _make_cache(
     kappa = map_pixels(cache / PIXELS, len(index.keys), index.n_bins, index.nside)
     tiles = Tiles(kappa, index.keys, index.params, index.lmax, index.noise_level, digests)
     names, hashes = [path.name for path in paths], _hashes(paths)
-    if [_identity(path) for path in paths] == before:  # otherwise the cache is left without labels, and made again
+    if [_identity(path) for path in paths] == before:  # if not, no labels: the next start makes the cache again
         shards = {name: list(known) for name, *known in zip(names, before, hashes, strict=True)}
         _write_labels(cache, tiles, moments, wanted | {"pixels": _identity(cache / PIXELS), "shards": shards})
     return tiles, moments

@@ -36,13 +36,13 @@ class Batched(Protocol):
 class TileDataset:
     """Normalised tiles of one split with their normalised theta.
 
-    `ds[i]` is (kappa (bins, N, N), theta (d,)); `ds[[i, j, ...]]` by way of `__getitems__` is a whole
-    batch (kappa (B, bins, N, N) channels_last, theta (B, d)). With an augmentation generator every
-    access draws a new symmetry and roll per tile; if there is a `signal`, the same tiles without noise, also
-    a new noise: that of another tile of the split, with a symmetry and roll of its own.
+    `ds[i]` is (kappa (bins, N, N), theta (d,)); `ds.__getitems__([i, j, ...])` is a whole batch (kappa (B, bins, N, N)
+    channels_last, theta (B, d)). With an augmentation generator every access draws a new symmetry and roll per tile.
+    If there is a `signal`, the same tiles without noise, it also draws new noise: that of another tile of the split,
+    with its own symmetry and roll.
 
-    All is drawn on the CPU, so that the draws are the same on every device and a stream knows which tiles to read,
-    and goes to the device in one copy a batch.
+    Everything is drawn on the CPU, so that the draws are the same on every device and a stream knows which tiles to
+    read, and is copied to the device once a batch.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TileDataset:
     def in_parts(
         self, positions: Sequence[int] | torch.Tensor, size: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """A batch in parts of `size` tiles: the tiles and draws are those of the whole batch."""
+        """A batch in parts of `size` tiles, which are the same as those of the whole batch."""
         rows = self.rows[torch.as_tensor(positions)]  # (B,)
         stores, draws = zip(*self._views(rows), strict=True)
         theta = self.theta[rows]  # (B, d)

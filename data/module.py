@@ -62,15 +62,15 @@ class SplitTiles:
 class TileDataModule:
     """Reads the tiles of a folder, splits and normalises them.
 
-    Without a manifest and norm stats, `setup()` makes them (stage 1); with those of a stage-1 run it
-    uses them and refuses tiles that do not fit (stage 2).
+    Without a manifest and norm stats, `setup()` makes them (stage 1); those of a stage-1 run it uses, and refuses tiles
+    that do not fit (stage 2).
 
     Attributes:
         tiles_dir: folder of the shards.
         options: which tiles they must be, how they are split and audited.
         params: names of the inferred parameters.
         device, dtype, tiles_on: as for whole_dataset.
-        reserve: bytes of the device's free memory that a network for tiles of so many bins needs.
+        reserve: bytes of the device's free memory that the network needs, given the number of bins.
         noiseless_dir: folder of the same tiles without noise, from which training makes tiles with other noise.
         manifest, norm_stats: of a stage-1 run.
     """

@@ -50,7 +50,7 @@ def read_labels(path: Path, lmax: int, noise_level: str = "") -> ShardLabels:
     Args:
         path: of the shard.
         lmax: that its tiles must have.
-        noise_level: likewise; empty if any will do.
+        noise_level: that they must have; empty if any will do.
 
     Raises:
         UserError: a missing column, another type, an empty or infinite value, another lmax or noise level, no hash.
