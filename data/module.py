@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,12 +104,23 @@ class TileDataModule:
                 f"{NORM_STATS_NAME} has {found[0]} bins and {found[1]} parameters, the tiles have {wanted[0]} bins and "
                 f"{wanted[1]} parameters are inferred; run stage 1 on these tiles"
             )
-        everything = self._placed(tiles, norm_stats, "tiles")
+        # Sums of tiles are taken in float32, so where there are any, no tile is held in less.
+        dtype = self.dtype if self.noiseless_dir is None else torch.float32
+        place = partial(
+            whole_dataset,
+            params=self.params,
+            norm_stats=norm_stats,
+            device=self.device,
+            dtype=dtype,
+            tiles_on=self.tiles_on,
+            reserve=self.reserve(tiles.n_bins),
+        )
+        everything = place(tiles, called="tiles")
         fingerprints, signal = {"tiles": data.manifest.fingerprint, "noiseless_tiles": None}, None
         if self.noiseless_dir is not None:
             noiseless = read_noiseless(self.noiseless_dir, tiles)
             fingerprints["noiseless_tiles"] = fingerprint_of(noiseless)
-            signal = self._placed(noiseless, norm_stats, "noiseless tiles").source
+            signal = place(noiseless, called="noiseless tiles").source
         of_split = {
             f"{name}_ds": TileDataset(everything.source, everything.theta, rows, self.device, signal, tiles.keys)
             for name, rows in data.rows.items()
@@ -126,9 +138,3 @@ class TileDataModule:
             nside=tiles.nside,
             **of_split,
         )
-
-    def _placed(self, tiles: Tiles, norm_stats: NormStats, called: str) -> TileDataset:
-        # Sums of tiles are taken in float32, so where there are any, no tile is held in less.
-        dtype = self.dtype if self.noiseless_dir is None else torch.float32
-        reserve = self.reserve(tiles.n_bins)
-        return whole_dataset(tiles, self.params, norm_stats, self.device, dtype, self.tiles_on, reserve, called)
