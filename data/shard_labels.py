@@ -67,9 +67,7 @@ def read_labels(path: Path, lmax: int, noise_level: str = "") -> ShardLabels:
     check_lmax(path, lmax)
     for field, column in zip(table.schema, table.columns, strict=True):
         if not _fits(field.name, field.type):
-            raise UserError(
-                f"{path}: column {field.name} has type {field.type}; rebuild the shard (docs/data.md)"
-            )
+            raise UserError(f"{path}: column {field.name} has type {field.type}; rebuild the shard (docs/data.md)")
         if column.null_count:
             row = int(np.argmax(column.is_null()))
             raise UserError(f"{path}, row {row}: {field.name} is empty; rebuild the shard")
