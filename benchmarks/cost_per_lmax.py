@@ -23,7 +23,8 @@ from benchmarks.measure import processor
 from common.device import pick_device
 from common.versions import versions
 from compress.model import FieldLevelCompressor
-from data.schema import LMAX_TO_NSIDE, N_BINS, TILES_PER_SIM
+from data.mock.nz import N_BINS
+from data.schema import LMAX_TO_NSIDE, TILES_PER_SIM
 
 N_SUITE = 791
 BATCH = {128: 64, 256: 16, 512: 4}

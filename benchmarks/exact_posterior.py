@@ -30,6 +30,7 @@ from common.device import describe_device
 from common.figures import BLUE, GREY, ORANGE, figure
 from common.versions import versions
 from compress.model import load_compressor
+from data.dataset import whole_dataset
 from data.mock.config import Vary
 from data.mock.cosmology import FIDUCIAL, held_fixed, prior_quantile
 from data.mock.exact import (
@@ -41,11 +42,11 @@ from data.mock.exact import (
     log_likelihood,
 )
 from data.mock.flat import flat_tiles, powers_of
+from data.mock.nz import N_BINS
 from data.mock.theory import COSMO_NAMES
-from data.module import whole_dataset
 from data.norm_stats import read_norm_stats
-from data.schema import NOISELESS, PARAM_NAMES, THETA_NAMES
-from data.shards import Tiles, empty_kappa
+from data.schema import FOM_PARAMS, NOISELESS, PARAM_NAMES
+from data.tiles import Tiles, empty_kappa
 from npe.calibration import calibrate
 from npe.compressed import CompressedTileDataset, compress_all
 from npe.ensemble import gaussian_kl
@@ -108,7 +109,7 @@ def unseen_tiles(vary: Vary) -> tuple[np.ndarray, np.ndarray]:
     fiducial = np.array([FIDUCIAL[name] for name in COSMO_NAMES])
     cosmo = prior_quantile(np.random.default_rng(SEED).random((N_PRIOR, len(COSMO_NAMES))))
     cosmo = np.concatenate([held_fixed(cosmo, vary), np.tile(fiducial, (N_FIDUCIAL, 1))])
-    kappa = empty_kappa(len(cosmo), NSIDE)
+    kappa = empty_kappa(len(cosmo), N_BINS, NSIDE)
     for i, one in enumerate(cosmo):
         signal_rng, noise_rng = (np.random.default_rng([SEED, i, kind]) for kind in (1, 2))
         kappa[i] = flat_tiles(one, NOISE_LEVEL, LMAX, NSIDE, 1, signal_rng, noise_rng)[0]
@@ -120,7 +121,7 @@ def learnt_posterior(compressor_run: Path, npe_run: Path, kappa: np.ndarray) -> 
     norm_stats = read_norm_stats(compressor_run)
     params = np.ones((len(kappa), len(PARAM_NAMES)))  # not looked at
     tiles = Tiles(kappa, np.zeros((len(kappa), 3), dtype=np.int64), params, LMAX, NOISE_LEVEL)
-    dataset = whole_dataset(tiles, norm_stats, CPU)
+    dataset = whole_dataset(tiles, FOM_PARAMS, norm_stats, CPU)
     compressor = load_compressor(compressor_run / "best.ckpt", CPU, "float32").model
     npe = load_npe(npe_run / "npe_best.ckpt", CPU)[0]
     n_views = read_json(npe_run / "fom_result.json")["config"]["n_views"]
@@ -169,7 +170,7 @@ def compare(exact: ExactPosterior, learnt: Posterior, theta: np.ndarray) -> dict
         "fom_ratio_prior_median": float(np.median(ratio[prior])),
         "fom_ratio_fiducial": float(np.median(learnt.fom[fiducial]) / np.median(exact.fom[fiducial])),
         "fom_exact_fiducial": float(np.median(exact.fom[fiducial])),
-        "sigma_exact_fiducial": dict(zip(THETA_NAMES, sigma.tolist(), strict=True)),
+        "sigma_exact_fiducial": dict(zip(FOM_PARAMS, sigma.tolist(), strict=True)),
         "n_effective_min": float(exact.n_effective.min()),
         "n_effective_median": float(np.median(exact.n_effective)),
         "calibration": calibration(learnt),

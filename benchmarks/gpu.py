@@ -36,8 +36,8 @@ from compress.memory import bytes_of_a_step
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor
 from compress.train import train_compressor
 from data.mock.config import MockConfig
+from data.mock.nz import N_BINS
 from data.mock.suite import build_suite
-from data.schema import N_BINS
 from npe.config import NPEConfig
 from npe.model import CHECKPOINT_NAME as NPE_CHECKPOINT_NAME
 from npe.train import train_npe
@@ -56,7 +56,7 @@ def stopped_after(n_batches: int, train: Callable[[], object]) -> None:
         if next(left) == 0:
             raise Interrupted(signal.SIGTERM)
 
-    with patch("data.module.check", check):
+    with patch("data.dataset.check", check):
         try:
             train()
         except Interrupted as stop:

@@ -44,7 +44,7 @@ import run_mock
 
 def watch():
     import data.mock.suite as suite
-    from data.shards import ShardWriter
+    from data.write_shards import ShardWriter
     suite.SIMS_PER_SHARD = 4
     write = ShardWriter.write
     def watched(*arguments):

@@ -28,13 +28,15 @@ from common.progress import Progress
 from common.versions import versions
 from compress.model import load_compressor
 from compress.train import predict
+from data.dataset import TileDataset, whole_dataset
 from data.mock.cosmology import FIDUCIAL, params_of
+from data.mock.nz import N_BINS
 from data.mock.simulation import Simulation, simulate
 from data.mock.theory import COSMO_NAMES
-from data.module import TileDataset, whole_dataset
 from data.norm_stats import read_norm_stats
-from data.schema import TILES_PER_SIM, nside_of, tile_keys
-from data.shards import Tiles, empty_kappa, read_tiles
+from data.read_shards import read_tiles
+from data.schema import FOM_PARAMS, TILES_PER_SIM, nside_of, tile_keys
+from data.tiles import Tiles, empty_kappa
 from npe.calibration import calibrate
 from npe.fom import N_BOOTSTRAP, bootstrap_median
 from npe.model import load_npe, predict_posterior
@@ -61,7 +63,7 @@ def fiducial_tiles(lmax: int) -> Tiles:
     """Disjoint tiles of fresh skies at the fiducial cosmology."""
     cosmo = np.array([FIDUCIAL[name] for name in COSMO_NAMES])
     nside = nside_of(lmax)
-    kappa = empty_kappa(N_FIDUCIAL_SIMS * TILES_PER_SIM, nside)
+    kappa = empty_kappa(N_FIDUCIAL_SIMS * TILES_PER_SIM, N_BINS, nside)
     ids = range(FIRST_FIDUCIAL_ID, FIRST_FIDUCIAL_ID + N_FIDUCIAL_SIMS)
     with Progress("fiducial skies", N_FIDUCIAL_SIMS, "simulations") as progress:
         for i, sim_id in enumerate(ids):
@@ -87,7 +89,7 @@ def judge(run_folder: Path, npe_run: Path, fresh: Tiles, fiducial: Tiles) -> dic
     npe = load_npe(npe_run / "npe_best.ckpt", device)[0]
 
     def summaries(tiles: Tiles) -> tuple[torch.Tensor, TileDataset]:
-        dataset = whole_dataset(tiles, norm_stats, device)
+        dataset = whole_dataset(tiles, FOM_PARAMS, norm_stats, device)
         return predict(compressor, dataset, 256), dataset
 
     summary, dataset = summaries(fresh)

@@ -27,9 +27,10 @@ from common.device import pick_device, pick_precision
 from common.resume import LastCheckpoint
 from compress.config import Backbone
 from compress.model import FieldLevelCompressor
-from data.module import TileDataset, n_batches, whole_dataset
+from data.dataset import TileDataset, n_batches, whole_dataset
+from data.mock.nz import N_BINS
 from data.norm_stats import NormStats
-from data.schema import N_BINS
+from data.schema import FOM_PARAMS
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset
 from npe.config import NPEConfig
 from npe.train import fit
@@ -55,7 +56,7 @@ def measure(backbone: Backbone, n_train: int, n_single: int, device: torch.devic
     torch.manual_seed(0)
     compressor = FieldLevelCompressor(backbone, dtype).to(device).eval()
     stats = NormStats((0.0,) * 4, (1.0,) * 4, (0.5, 0.5), (1.0, 1.0))
-    everything = whole_dataset(random_tiles(n_train + N_VAL, NSIDE), stats, device, dtype)
+    everything = whole_dataset(random_tiles(n_train + N_VAL, NSIDE), FOM_PARAMS, stats, device, dtype)
 
     def splits(first: int, n: int) -> SimpleNamespace:
         rows = np.arange(first, first + n)

@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import pyccl
-from data.shards import Tiles
 from npe.likeness import REFERENCE_NAME, WARN_BELOW, Likeness, load_reference, look_at
 
 from benchmarks.measure import header
@@ -26,16 +25,17 @@ from common.device import pick_device
 from common.machine import usable_cores
 from common.progress import Progress
 from compress.model import load_compressor
+from data.dataset import whole_dataset
 from data.mock.cosmology import design, params_of
 from data.mock.fields import band_of, lognormal_alm
 from data.mock.make_theory_table import ELL, ccl_universe
 from data.mock.nz import N_BINS, nz_of_bins
 from data.mock.theory import BIN_PAIRS, theory_cl
-from data.module import whole_dataset
 from data.norm_stats import read_norm_stats
-from data.schema import nside_of, tile_keys
+from data.schema import FOM_PARAMS, nside_of, tile_keys
 from data.sphere.harmonics import noise_alm
 from data.sphere.tiles import tiles_of_alm
+from data.tiles import Tiles
 from data.workers import in_order, worker_pool
 from npe.compressed import CompressedTileDataset
 
@@ -110,7 +110,7 @@ def main() -> None:
     print(f"\n| {len(keys)} tiles | called unlike | " + " | ".join(likeness.ordered) + " |")
     print("|---|---|" + "---|" * len(likeness.ordered))
     for name, kappa in kinds.items():
-        dataset = whole_dataset(Tiles(kappa, keys, params, lmax, level), norm_stats, device)
+        dataset = whole_dataset(Tiles(kappa, keys, params, lmax, level), FOM_PARAMS, norm_stats, device)
         summary, spectra = look_at(
             CompressedTileDataset(dataset, trained.model, stage_2["config"]["n_views"]), lmax, 128
         )

@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.measure import ROUNDS, Row, in_turns, report
-from data.schema import KEY_NAMES, N_BINS, PARAM_NAMES, TILES_PER_SIM
+from data.mock.nz import N_BINS
+from data.schema import KEY_NAMES, PARAM_NAMES, TILES_PER_SIM
 
 NSIDE, LMAX, LEVEL = 128, 200, "des_y3"
 SIMS_PER_SHARD, ROWS_PER_GROUP = 50, 190
@@ -66,7 +67,7 @@ before, start = now(), time.perf_counter()
 kappa = np.load({scratch!r} + "/kappa.npy")
 """,
     "ours, array": """
-from data.shards import read_tiles
+from data.read_shards import read_tiles
 before, start = now(), time.perf_counter()
 kappa = read_tiles(folder, 200, "des_y3").kappa
 """,
@@ -83,11 +84,12 @@ kappa = np.array(read_tiles_through_cache(folder, 200, "des_y3")[0].kappa)
     "ours, ready to train": """
 import torch
 from data.cache import read_tiles_through_cache
-from data.module import whole_dataset
+from data.dataset import whole_dataset
 from data.norm_stats import NormStats
 stats = NormStats((0.0,) * 4, (0.01,) * 4, (0.3, 0.8), (0.1, 0.1))
 before, start = now(), time.perf_counter()
-kappa = whole_dataset(read_tiles_through_cache(folder, 200, "des_y3")[0], stats, torch.device("cpu")).source
+tiles, _ = read_tiles_through_cache(folder, 200, "des_y3")
+kappa = whole_dataset(tiles, ("Omega_m", "S8"), stats, torch.device("cpu")).source
 """,
 }
 FROM_CACHE = ("ours, later start", "ours, ready to train")

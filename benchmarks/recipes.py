@@ -25,9 +25,10 @@ from common.versions import versions
 from compress.model import load_compressor
 from compress.train import predict
 from data.cache import read_tiles_through_cache
-from data.module import whole_dataset
+from data.dataset import whole_dataset
 from data.norm_stats import read_norm_stats
-from data.shards import Tiles
+from data.schema import FOM_PARAMS
+from data.tiles import Tiles
 
 LMAX = 100
 AVERAGED = "--ema-decay 0.99 --norm-tiles 1024"
@@ -43,7 +44,7 @@ def judge(run_folder: Path, fresh: Tiles) -> dict[str, Any]:
     device = pick_device("auto")
     result = read_json(run_folder / "result.json")
     model = load_compressor(run_folder / "best.ckpt", device, "float32").model
-    dataset = whole_dataset(fresh, read_norm_stats(run_folder), device)
+    dataset = whole_dataset(fresh, FOM_PARAMS, read_norm_stats(run_folder), device)
     squared = (predict(model, dataset, 256) - dataset.theta).square().mean(dim=1).double().numpy()  # (n,)
     return {
         "fresh_mse": mean_and_error(squared, fresh.keys[:, 0]),

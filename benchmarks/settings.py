@@ -21,7 +21,7 @@ from benchmarks.measure import Row, in_turns, report, seconds
 from common.device import pick_device
 from compress.config import Backbone
 from compress.model import FieldLevelCompressor
-from data.schema import N_BINS
+from data.mock.nz import N_BINS
 
 NSIDE = 128
 BATCHES: dict[Backbone, int] = {"tiny": 64, "efficientnet_b0": 32, "efficientnet_v2_s": 8}

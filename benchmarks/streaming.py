@@ -1,7 +1,7 @@
 """Tiles that stay on the disk against tiles in memory: `python benchmarks/streaming.py`.
 
-One epoch of stage 1 (tiny, 512 x 512 pixels, the size of lmax 1000) by its command, once with --feed resident and
-once with --feed stream, from the cache of two suites, one twice as large as the other. Time of an epoch, and the
+One epoch of stage 1 (tiny, 512 x 512 pixels, the size of lmax 1000) by its command, once with --tiles-on device and
+once with --tiles-on disk, from the cache of two suites, one twice as large as the other. Time of an epoch, and the
 peak of the memory that cannot be given back to the system (RssAnon; Linux). Tiles are white noise written straight
 into the cache's format, so that nothing but feeding differs. Header of the output: processor, cores, versions.
 """
@@ -20,13 +20,15 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from data.shards import open_shard
 
 from benchmarks.measure import ROUNDS, Row, in_turns, report
-from data.schema import N_BINS, PARAM_NAMES, TILES_PER_SIM
+from data.config import TilesOn
+from data.mock.nz import N_BINS
+from data.schema import PARAM_NAMES, TILES_PER_SIM
+from data.write_shards import open_shard
 
 LMAX, NSIDE, LEVEL, BATCH = 1000, 512, "des_y3", 8
-FEEDS: tuple[TilesOn, ...] = ("resident", "stream")
+PLACES: tuple[TilesOn, ...] = ("device", "disk")
 CHILD = """
 import json, sys, threading, time
 from pathlib import Path
@@ -62,7 +64,7 @@ def write_suite(folder: Path, n_sims: int) -> None:
         )
         tile = np.arange(TILES_PER_SIM)
         keys = np.stack([np.full(TILES_PER_SIM, sim_id), tile // 4, tile % 4], axis=1)
-        with open_shard(folder / f"shard_{sim_id:04d}.parquet", NSIDE, {}) as shard:
+        with open_shard(folder / f"shard_{sim_id:04d}.parquet", {}) as shard:
             shard.write(kappa, keys, np.tile(params, (TILES_PER_SIM, 1)), LEVEL)
 
 
@@ -82,22 +84,22 @@ def main() -> None:
 
     def run(tiles_on: TilesOn, n_sims: int) -> float:
         command = [sys.executable, "-c", CHILD, "--lmax", LMAX, "--tiles-dir", scratch / str(n_sims)]
-        command += ["--results-dir", scratch / "results", "--tag", feed, "--restart", "--backbone", "tiny"]
-        command += ["--max-epochs", 1, "--batch-size", BATCH, "--feed", feed]
+        command += ["--results-dir", scratch / "results", "--tag", tiles_on, "--restart", "--backbone", "tiny"]
+        command += ["--max-epochs", 1, "--batch-size", BATCH, "--tiles-on", tiles_on]
         done = subprocess.run([str(c) for c in command], cwd=ROOT, check=True, capture_output=True, text=True)
-        memory.setdefault(f"{feed} {n_sims}", []).append(json.loads(done.stdout.splitlines()[-1]))
-        metrics = (scratch / "results" / "field_compressor_runs" / feed / "metrics.jsonl").read_text()
+        memory.setdefault(f"{tiles_on} {n_sims}", []).append(json.loads(done.stdout.splitlines()[-1]))
+        metrics = (scratch / "results" / "field_compressor_runs" / tiles_on / "metrics.jsonl").read_text()
         return 1e3 * json.loads(metrics.splitlines()[-1])["seconds"] / (int(0.7 * (n_sims - 1)) * TILES_PER_SIM)
 
-    cases = [(feed, n_sims) for feed in FEEDS for n_sims in sizes]
+    cases = [(place, n_sims) for place in PLACES for n_sims in sizes]
     found = in_turns(
-        {f"{feed} {n}": lambda feed=feed, n=n: run(feed, n) for feed, n in cases},  # type: ignore[misc]
+        {f"{place} {n}": lambda place=place, n=n: run(place, n) for place, n in cases},  # type: ignore[misc]
         "streaming",
         options.rounds,
     )
     memory = {name: values[1:] for name, values in memory.items()}
-    half, full = (f"stream {n}" for n in sizes)
-    held = f"resident {options.n_sims}"
+    half, full = (f"disk {n}" for n in sizes)
+    held = f"device {options.n_sims}"
     size = options.n_sims * TILES_PER_SIM * N_BINS * NSIDE**2 * 4 / 1e9
     what = f"{options.n_sims * TILES_PER_SIM} tiles of {NSIDE} x {NSIDE}, {size:.1f} GB"
     rows = [

@@ -35,10 +35,11 @@ from common.resume import LastCheckpoint
 from compress.config import Backbone, CompressorConfig
 from compress.model import FieldLevelCompressor
 from compress.train import fit
-from data.module import TileDataset, whole_dataset
+from data.dataset import TileDataset, whole_dataset
+from data.mock.nz import N_BINS
 from data.norm_stats import NormStats
-from data.schema import N_BINS, PARAM_NAMES
-from data.shards import Tiles, empty_kappa
+from data.schema import FOM_PARAMS, PARAM_NAMES
+from data.tiles import Tiles, empty_kappa
 
 # backbone, nside, batch, steps an epoch, validation batches an epoch: a quarter, about as in a run
 CASES: list[tuple[Backbone, int, int, int, int]] = [
@@ -54,7 +55,7 @@ WORKERS = 2
 
 def random_tiles(n: int, nside: int) -> Tiles:
     """Tiles of white noise."""
-    kappa = empty_kappa(n, nside)
+    kappa = empty_kappa(n, N_BINS, nside)
     np.random.default_rng(0).standard_normal(out=kappa.transpose(0, 2, 3, 1), dtype=np.float32)
     return Tiles(kappa, np.zeros((n, 3), dtype=np.int64), np.random.default_rng(1).random((n, len(PARAM_NAMES))), 0, "")
 
@@ -92,7 +93,7 @@ def measure(
     model = FieldLevelCompressor(backbone, dtype).to(device)
     tiles = random_tiles((n_steps + n_val) * batch, nside)
     stats = NormStats((0.0,) * 4, (1.0,) * 4, (0.5, 0.5), (1.0, 1.0))
-    everything = whole_dataset(tiles, stats, device, dtype)
+    everything = whole_dataset(tiles, FOM_PARAMS, stats, device, dtype)
     train_rows, val_rows = np.split(np.arange(len(tiles.keys)), [n_steps * batch])
     train_ds, val_ds = (
         TileDataset(everything.source, everything.theta, rows, device) for rows in (train_rows, val_rows)

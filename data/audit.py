@@ -64,7 +64,7 @@ class Audit:
     duplicates_across_sims: list[list[int]] = key("keys of such a tile and of its duplicate; empty if there is none")
     covered_patches: float | None = key("sky that a simulation's tiles cover together, in tiles; null if unknown")
     leakage: dict[str, Leakage] = key("for every split but the first, if it has tiles: what an earlier split has of it")
-    n_variance_outliers: int = key("tiles whose variance in a bin is far from that of their simulation")
+    n_variance_outliers: int = key("tiles whose variance in a bin is far from the rest of their simulation")
     variance_outliers: list[Outlier] = key("the worst of them, each in its worst bin")
     band_limit: str = key("what contradicts their lmax, in words; empty if nothing does")
     ranges: dict[str, list[float]] = key("minimum and maximum of each parameter, without the fiducial simulation")

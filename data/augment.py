@@ -44,12 +44,12 @@ def gather_augmented(store: torch.Tensor, rows: torch.Tensor, symmetries: Symmet
     """Pick tiles out of a store and transform each in the same pass.
 
     Args:
-        store: (n, 4, N, N), channels_last in memory (otherwise this copies the whole store).
+        store: (n, bins, N, N), channels_last in memory (otherwise this copies the whole store).
         rows: int64 (B,), which tiles.
         symmetries: one per picked tile.
 
     Returns:
-        (B, 4, N, N), channels_last, on the store's device.
+        (B, bins, N, N), channels_last, on the store's device.
     """
     n, n_bins, nside, _ = store.shape
     rows, transpose, flip_rows, flip_cols, roll_rows, roll_cols = (
@@ -63,6 +63,6 @@ def gather_augmented(store: torch.Tensor, rows: torch.Tensor, symmetries: Symmet
     of_i = torch.where(transpose == 1, source_col, row_part) + rows * nside**2  # (B, N)
     of_j = torch.where(transpose == 1, row_part, source_col)  # (B, N)
     place = (of_i[:, :, None] + of_j[:, None, :]).reshape(-1)  # (B * N * N,)
-    pixels = store.permute(0, 2, 3, 1).reshape(n * nside**2, n_bins)  # (n * N * N, 4), a view
-    picked = pixels.index_select(0, place).reshape(-1, nside, nside, n_bins)  # (B, N, N, 4)
-    return picked.permute(0, 3, 1, 2)  # (B, 4, N, N), channels_last
+    pixels = store.permute(0, 2, 3, 1).reshape(n * nside**2, n_bins)  # (n * N * N, bins), a view
+    picked = pixels.index_select(0, place).reshape(-1, nside, nside, n_bins)  # (B, N, N, bins)
+    return picked.permute(0, 3, 1, 2)  # (B, bins, N, N), channels_last

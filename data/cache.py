@@ -1,7 +1,7 @@
 """The tiles of a folder as one flat file beside the shards: parquet is decoded and checked once, not at every start.
 
     cache/tiles.f32   kappa, float32 (n, N, N, bins), canonical order, bins fastest
-    cache/tiles.npz   keys, params, digests, moments, and what the shards were: size, identity and SHA-256 of each
+    cache/tiles.npz   keys, params, digests, moments, and of what it was made: identity and SHA-256 of every shard
 
 tiles.npz is written last and removed first, so it never stands beside pixels that it does not describe; one process
 at a time writes, and the others wait for it.
@@ -42,9 +42,8 @@ def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: i
     """What read_tiles gives, and its moments; kappa is the cache mapped into memory, made first unless one fits.
 
     Mapped pixels are read-only and take no memory but what the system has to spare, so any number of tiles can be
-    opened. A shard counts as unchanged if its size, inode and times are those of when the cache was made, or else if
-    its content is. Where the cache cannot be written (no space, no permission) there is a warning, and kappa is in
-    memory.
+    opened. A shard counts as unchanged if its size, inode and times are, or failing that its content. Where the cache
+    cannot be written (no space, no permission) there is a warning, and kappa is in memory.
 
     Raises:
         UserError: as read_tiles; or a shard has changed since the cache was made; or the cache cannot be written and
@@ -98,22 +97,12 @@ def _make_cache(
         before: identities of the shards before their labels were read.
     """
     digests, moments = _write_pixels(cache, index)
-    tiles = Tiles(
-        map_pixels(cache / PIXELS, len(index.keys), index.n_bins, index.nside),
-        index.keys,
-        index.params,
-        index.lmax,
-        index.noise_level,
-        digests,
-    )
-    hashes = _hashes(paths)
-    if [_identity(path) for path in paths] == before:  # otherwise the cache is left without labels, and made again
-        shards = {
-            path.name: {"identity": identity, "sha256": sha256}
-            for path, identity, sha256 in zip(paths, before, hashes, strict=True)
-        }
-        made_of = wanted | {"pixels": _identity(cache / PIXELS), "shards": shards}
-        _write_labels(cache, tiles, moments, made_of)
+    kappa = map_pixels(cache / PIXELS, len(index.keys), index.n_bins, index.nside)
+    tiles = Tiles(kappa, index.keys, index.params, index.lmax, index.noise_level, digests)
+    names, hashes = [path.name for path in paths], _hashes(paths)
+    if [_identity(path) for path in paths] == before:  # if not, no labels: the next start makes the cache again
+        shards = {name: list(known) for name, *known in zip(names, before, hashes, strict=True)}
+        _write_labels(cache, tiles, moments, wanted | {"pixels": _identity(cache / PIXELS), "shards": shards})
     return tiles, moments
 
 
@@ -153,15 +142,14 @@ def _from_cache(cache: Path, paths: list[Path], wanted: dict[str, Any]) -> tuple
             moments = Moments(*(labels[field.name] for field in fields(Moments)))
             made_of = json.loads(str(labels["made_of"]))
         shards, pixels = made_of.pop("shards"), made_of.pop("pixels")
-        known = [path for path in paths if path.name in shards]
-        if moved := [path for path in known if _identity(path) != shards[path.name]["identity"]]:
-            for path, sha256 in zip(moved, _hashes(moved), strict=True):
-                if sha256 != shards[path.name]["sha256"]:
-                    raise UserError(
-                        f"{path} is not what it was when it was first read; restore it, or delete {cache} if the "
-                        "change is meant"
-                    )
-                shards[path.name]["identity"] = _identity(path)  # copied or touched, not changed
+        moved = [path for path in paths if path.name in shards and _identity(path) != shards[path.name][0]]
+        for path, sha256 in zip(moved, _hashes(moved) if moved else [], strict=True):
+            if sha256 != shards[path.name][1]:
+                raise UserError(
+                    f"{path} is not what it was when it was first read; restore it, or delete {cache} if it was "
+                    "changed on purpose"
+                )
+            shards[path.name][0] = _identity(path)  # copied or touched, not changed
         if made_of != wanted or set(shards) != {path.name for path in paths}:
             return None
         kappa = map_pixels(cache / PIXELS, len(keys), moments.mean.shape[1], wanted["nside"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -36,13 +36,13 @@ class Batched(Protocol):
 class TileDataset:
     """Normalised tiles of one split with their normalised theta.
 
-    `ds[i]` is (kappa (bins, N, N), theta (d,)); `ds[[i, j, ...]]` by way of `__getitems__` is a whole
-    batch (kappa (B, bins, N, N) channels_last, theta (B, d)). With an augmentation generator every
-    access draws a new symmetry and roll per tile; if there is a `signal`, the same tiles without noise, also
-    a new noise: that of another tile of the split, with a symmetry and roll of its own.
+    `ds[i]` is (kappa (bins, N, N), theta (d,)); `ds.__getitems__([i, j, ...])` is a whole batch (kappa (B, bins, N, N)
+    channels_last, theta (B, d)). With an augmentation generator every access draws a new symmetry and roll per tile.
+    If there is a `signal`, the same tiles without noise, it also draws new noise: that of another tile of the split,
+    with its own symmetry and roll.
 
-    All is drawn on the CPU, so that the draws are the same on every device and a stream knows which tiles to read,
-    and goes to the device in one copy a batch.
+    Everything is drawn on the CPU, so that the draws are the same on every device and a stream knows which tiles to
+    read, and is copied to the device once a batch.
     """
 
     def __init__(
@@ -91,57 +91,53 @@ class TileDataset:
     def in_parts(
         self, positions: Sequence[int] | torch.Tensor, size: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """A batch in parts of `size` tiles: the tiles and draws are those of the whole batch."""
+        """A batch in parts of `size` tiles, which are the same as those of the whole batch."""
         rows = self.rows[torch.as_tensor(positions)]  # (B,)
-        views = self._views(rows)
+        stores, draws = zip(*self._views(rows), strict=True)
         theta = self.theta[rows]  # (B, d)
         if self.theta_noise is not None:
             sigma, generator = self.theta_noise
             theta = theta + sigma * torch.randn(theta.shape, generator=generator)
-        *drawn, theta = to_device([*(t for view in views for t in view.drawn()), theta], self.device)
+        *drawn, theta = to_device([*chain(*draws), theta], self.device)
+        n = len(draws[0])  # as many for each view
+        picks = list(zip(stores, (drawn[n * k : n * (k + 1)] for k in range(len(stores))), strict=True))
         for start in range(0, len(rows), size):
             some = slice(start, start + size)
-            here = iter(drawn)
-            kappa, *noise = (view.take([next(here)[some] for _ in view.drawn()]) for view in views)
+            kappa, *noise = (_taken(store, [t[some] for t in drawn]) for store, drawn in picks)
             if noise:  # is what the other tile has beside its signal
                 kappa += noise[0]
                 kappa -= noise[1]
             yield kappa, theta[some]
 
-    def _views(self, rows: torch.Tensor) -> list[_View]:
-        """The tiles, and where noise is exchanged the others with and without it."""
+    def _views(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """The tiles, and where noise is exchanged the other tiles with and without it."""
         if self.augment is None:
-            return [_View(self.source, rows)]
+            return [_view(self.source, rows)]
         nside = self.source.shape[-1]
         symmetries = draw_symmetries(len(rows), nside, self.augment)
         if self.signal is None:
-            return [_View(self.source, rows, symmetries)]
+            return [_view(self.source, rows, symmetries)]
         others = self.rows[torch.randint(len(self.rows), (len(rows),), generator=self.augment)]  # (B,)
         of_others = draw_symmetries(len(rows), nside, self.augment)
-        tiles = _View(self.signal, rows, symmetries)
-        return [tiles, _View(self.source, others, of_others), _View(self.signal, others, of_others)]
+        tiles = _view(self.signal, rows, symmetries)  # first, as prefetch has it
+        return [tiles, _view(self.source, others, of_others), _view(self.signal, others, of_others)]
 
 
-class _View:
-    """Tiles of a batch, transformed if symmetries are given; those on the disk are read at once."""
+def _view(
+    source: torch.Tensor | TileStream, rows: torch.Tensor, symmetries: Symmetries | None = None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Where the tiles of a batch are, and what picks them: rows and symmetries, (B,) each. The disk is read at once."""
+    if isinstance(source, TileStream):
+        source, rows = source.read(rows), torch.arange(len(rows))
+    return source, [rows, *(vars(symmetries).values() if symmetries else ())]
 
-    def __init__(
-        self, source: torch.Tensor | TileStream, rows: torch.Tensor, symmetries: Symmetries | None = None
-    ) -> None:
-        if isinstance(source, TileStream):
-            source, rows = source.read(rows), torch.arange(len(rows))
-        self.store, self.rows, self.symmetries = source, rows, symmetries  # (n, bins, N, N), (B,)
 
-    def drawn(self) -> list[torch.Tensor]:
-        """What the device has to know: rows and symmetries, int64 (B,) each."""
-        return [self.rows] if self.symmetries is None else [self.rows, *vars(self.symmetries).values()]
-
-    def take(self, drawn: list[torch.Tensor]) -> torch.Tensor:
-        """Tiles (m, bins, N, N) for a part of `drawn`, which is on the device."""
-        rows, *symmetries = drawn
-        if symmetries:
-            return gather_augmented(self.store, rows, Symmetries(*symmetries))
-        return self.store.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)  # (m, N, N, bins) -> (m, bins, N, N)
+def _taken(store: torch.Tensor, drawn: list[torch.Tensor]) -> torch.Tensor:
+    """The tiles (m, bins, N, N) that a part of a view's rows and symmetries, on the device, picks."""
+    rows, *symmetries = drawn
+    if symmetries:
+        return gather_augmented(store, rows, Symmetries(*symmetries))
+    return store.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)  # (m, N, N, bins) -> (m, bins, N, N)
 
 
 def whole_dataset(

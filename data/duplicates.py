@@ -63,7 +63,7 @@ def shared_sky_pairs(keys: np.ndarray, orientations: Orientations) -> np.ndarray
 
 
 def duplicate_pairs(kappa: np.ndarray, moments: Moments) -> np.ndarray:
-    """Tiles that are the same pixels up to a symmetry of the square, in whatever simulation.
+    """Tiles that are the same pixels up to a symmetry of the square, in any simulation.
 
     Tiles are sorted by a random projection, and only those whose projections agree are compared: with the first of
     any duplicates only and with MAX_CANDIDATES at most, so that a thousand constant tiles take no million comparisons.

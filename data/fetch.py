@@ -21,7 +21,6 @@ from data.read_shards import read_index
 from data.schema import TILES_PER_SIM
 
 FOLDER = "gower_street"  # below --results-dir; in it the files lie as in the repository
-MEGABYTE = 1_000_000
 TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the library below, which is another in each version
 
 
@@ -38,60 +37,65 @@ def fetch_tiles(config: FetchConfig, on_checkpoint: Callable[[], None] = lambda:
     Raises:
         UserError: there is no such configuration, the hub cannot be reached, or what came is not what it has.
     """
-    if not sys.stderr.isatty():
-        disable_progress_bars()  # of single files
     home = Path(config.results_dir, FOLDER)
-    folder = home / "data" / config.configuration
     with exclusive(home):
-        try:
-            api = HfApi(endpoint=config.endpoint or None)
-            commit = api.dataset_info(config.repo, revision=config.revision).sha or config.revision
-            files = _shards_of(api, config, commit)
-            with Progress("fetching", sum(file.size for file in files) // MEGABYTE, "MB") as progress:
-                for file in files:
-                    _fetch(file, config, commit, home)
-                    on_checkpoint()
-                    progress.advance(file.size // MEGABYTE, Path(file.path).name)
-        except (RepositoryNotFoundError, HFValidationError):
-            raise UserError(f"the hub has no data set {config.repo} at {config.revision}; see to --repo") from None
-        except (HfHubHTTPError, TRANSPORT_ERROR, ConnectionError, TimeoutError) as error:
-            reason = str(error).splitlines()[0][:160]
-            raise UserError(f"the hub cannot be reached ({reason}); the same command goes on from here") from None
-        except OSError as error:
-            raise CannotWriteError(home, error) from None
+        commit, files = _download(config, home, on_checkpoint)
+    folder = home / "data" / config.configuration
     index = read_index(folder, config.lmax, config.noise_level)
     return {
         "folder": str(folder),
         "n_shards": len(files),
         "n_tiles": len(index.keys),
         "n_sims": len(index.keys) // TILES_PER_SIM,
-        "megabytes": sum(file.size for file in files) // MEGABYTE,
+        "megabytes": _megabytes(files),
         "commit": commit,
         "lmax": config.lmax,
         "noise_level": config.noise_level,
     }
 
 
-def _shards_of(api: HfApi, config: FetchConfig, commit: str) -> list[RepoFile]:
-    def listed(path: str) -> list[Any]:
-        try:
-            return list(api.list_repo_tree(config.repo, path, repo_type="dataset", revision=commit))
-        except EntryNotFoundError:
-            return []
+def _download(config: FetchConfig, home: Path, on_checkpoint: Callable[[], None]) -> tuple[str, list[RepoFile]]:
+    """Every shard that is not here yet; the commit that they are from, and all shards."""
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # of single files
+    try:
+        api = HfApi(endpoint=config.endpoint or None)
+        commit = api.dataset_info(config.repo, revision=config.revision).sha or config.revision
+        files = _shards_of(api, config, commit)
+        with Progress("fetching", _megabytes(files), "MB") as progress:
+            for file in files:
+                _fetch(file, config, commit, home)
+                on_checkpoint()
+                progress.advance(_megabytes([file]), Path(file.path).name)
+    except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError):
+        raise UserError(f"the hub has no tiles in {config.repo} at {config.revision}; check --repo") from None
+    except (HfHubHTTPError, TRANSPORT_ERROR, ConnectionError, TimeoutError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"the hub cannot be reached ({reason}); the same command resumes from here") from None
+    except OSError as error:
+        raise CannotWriteError(home, error) from None
+    return commit, files
 
-    files = [entry for entry in listed(f"data/{config.configuration}") if isinstance(entry, RepoFile)]
-    shards = [file for file in files if Path(file.path).match("shard_*.parquet")]
+
+def _megabytes(files: list[RepoFile]) -> int:
+    return sum(file.size for file in files) // 1_000_000
+
+
+def _shards_of(api: HfApi, config: FetchConfig, commit: str) -> list[RepoFile]:
+    tree = api.list_repo_tree(config.repo, "data", recursive=True, repo_type="dataset", revision=commit)
+    files = [entry for entry in tree if isinstance(entry, RepoFile)]
+    shards = [file for file in files if Path(file.path).match(f"{config.configuration}/shard_*.parquet")]
     if not shards:
-        there = ", ".join(Path(entry.path).name for entry in listed("data")) or "no tiles at all"
-        raise UserError(f"{config.repo} has no data/{config.configuration}; it has {there}")
+        found = ", ".join(sorted({Path(file.path).parent.name for file in files}))
+        raise UserError(f"{config.repo} has no data/{config.configuration}; it has {found}")
     return shards
 
 
 def _fetch(file: RepoFile, config: FetchConfig, commit: str, home: Path) -> None:
-    """Download one file unless it is here; a second time if what is here or came is not right.
+    """Download one file unless it is here; a second time if what came is not right.
 
     Raises:
-        UserError: it is not right then, either.
+        UserError: it is not right the second time either.
     """
     path = home / file.path
     for again in (False, True):
@@ -108,12 +112,11 @@ def _fetch(file: RepoFile, config: FetchConfig, commit: str, home: Path) -> None
         )
     if not _is_right(path, file):
         path.unlink()
-        raise UserError(
-            f"{path} came twice and is not what the hub says it is (its hash does not fit); try again later"
-        )
+        raise UserError(f"{path} came twice and is not what the hub says (its hash does not fit); try again later")
 
 
 def _is_right(path: Path, file: RepoFile) -> bool:
+    """Whether a file has the hub's hash: the library looks at its size alone, and not at a damaged disk."""
     if not path.exists() or path.stat().st_size != file.size:
         return False
     return file.lfs is None or sha256_of_file(path) == file.lfs.sha256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from data.dataset import TileDataset, whole_dataset
 from data.noiseless import read_noiseless
 from data.norm_stats import NORM_STATS_NAME, NormStats, compute_norm_stats
 from data.schema import columns_of
-from data.split import SPLIT_NAMES, SplitManifest, fingerprint_of
+from data.split import SplitManifest, fingerprint_of
 from data.tiles import Tiles
 
 
@@ -62,15 +63,15 @@ class SplitTiles:
 class TileDataModule:
     """Reads the tiles of a folder, splits and normalises them.
 
-    Without a manifest and norm stats, `setup()` makes them (stage 1); with those of a stage-1 run it
-    uses them and refuses tiles that do not fit (stage 2).
+    Without a manifest and norm stats, `setup()` makes them (stage 1); those of a stage-1 run it uses, and refuses tiles
+    that do not fit (stage 2).
 
     Attributes:
         tiles_dir: folder of the shards.
         options: which tiles they must be, how they are split and audited.
         params: names of the inferred parameters.
         device, dtype, tiles_on: as for whole_dataset.
-        reserve: bytes of the device's free memory that a network for tiles of so many bins needs.
+        reserve: bytes of the device's free memory that the network needs, given the number of bins.
         noiseless_dir: folder of the same tiles without noise, from which training makes tiles with other noise.
         manifest, norm_stats: of a stage-1 run.
     """
@@ -94,46 +95,46 @@ class TileDataModule:
             UserError: bad shards, too few tiles, or tiles that do not fit the manifest or the norm stats.
         """
         data = read_and_split(self.tiles_dir, self.options, self.manifest)
-        theta = columns_of(data.tiles.params, self.params)
-        train = data.rows["compressor_train"]
+        tiles, train = data.tiles, data.rows["compressor_train"]
+        theta = columns_of(tiles.params, self.params)
         norm_stats = self.norm_stats or compute_norm_stats(theta[train], data.moments.of(train))
-        _check_dimensions(norm_stats, data.tiles.n_bins, self.params)
-        everything = self._placed(data.tiles, norm_stats, "tiles")
+        found, wanted = (len(norm_stats.tile_mean), len(norm_stats.theta_mean)), (tiles.n_bins, len(self.params))
+        if found != wanted:
+            raise UserError(
+                f"{NORM_STATS_NAME} has {found[0]} bins and {found[1]} parameters, the tiles have {wanted[0]} bins and "
+                f"{wanted[1]} parameters are inferred; run stage 1 on these tiles"
+            )
+        # Sums of tiles are taken in float32, so where there are any, no tile is held in less.
+        dtype = self.dtype if self.noiseless_dir is None else torch.float32
+        place = partial(
+            whole_dataset,
+            params=self.params,
+            norm_stats=norm_stats,
+            device=self.device,
+            dtype=dtype,
+            tiles_on=self.tiles_on,
+            reserve=self.reserve(tiles.n_bins),
+        )
+        everything = place(tiles, called="tiles")
         fingerprints, signal = {"tiles": data.manifest.fingerprint, "noiseless_tiles": None}, None
         if self.noiseless_dir is not None:
-            noiseless = read_noiseless(self.noiseless_dir, data.tiles)
+            noiseless = read_noiseless(self.noiseless_dir, tiles)
             fingerprints["noiseless_tiles"] = fingerprint_of(noiseless)
-            signal = self._placed(noiseless, norm_stats, "noiseless tiles").source
-        parts = {
-            f"{name}_ds": TileDataset(
-                everything.source, everything.theta, data.rows[name], self.device, signal, data.tiles.keys
-            )
-            for name in SPLIT_NAMES
+            signal = place(noiseless, called="noiseless tiles").source
+        of_split = {
+            f"{name}_ds": TileDataset(everything.source, everything.theta, rows, self.device, signal, tiles.keys)
+            for name, rows in data.rows.items()
         }
         return SplitTiles(
             tiles_dir=self.tiles_dir,
-            tiles=data.tiles,
+            tiles=tiles,
             params=self.params,
             theta=theta,
             manifest=data.manifest,
             norm_stats=norm_stats,
             audit=data.audit,
             fingerprints=fingerprints,
-            lmax=self.options.lmax,
-            nside=data.tiles.nside,
-            **parts,
-        )
-
-    def _placed(self, tiles: Tiles, norm_stats: NormStats, called: str) -> TileDataset:
-        # Sums of tiles are taken in float32, so where there are any, no tile is held in less.
-        dtype = self.dtype if self.noiseless_dir is None else torch.float32
-        reserve = self.reserve(tiles.n_bins)
-        return whole_dataset(tiles, self.params, norm_stats, self.device, dtype, self.tiles_on, reserve, called)
-
-
-def _check_dimensions(norm_stats: NormStats, n_bins: int, params: tuple[str, ...]) -> None:
-    if len(norm_stats.tile_mean) != n_bins or len(norm_stats.theta_mean) != len(params):
-        raise UserError(
-            f"{NORM_STATS_NAME} is for {len(norm_stats.tile_mean)} bins and {len(norm_stats.theta_mean)} parameters, "
-            f"where the tiles have {n_bins} bins and {', '.join(params)} are inferred; run stage 1 on these tiles"
+            lmax=tiles.lmax,
+            nside=tiles.nside,
+            **of_split,
         )

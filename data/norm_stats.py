@@ -87,9 +87,8 @@ def read_norm_stats(folder: Path) -> NormStats:
     try:
         stats = NormStats(**{name: tuple(float(v) for v in content[name]) for name in names})
         good = content == {name: list(values) for name, values in asdict(stats).items()}
-        good = good and len(stats.tile_mean) == len(stats.tile_std) and len(stats.theta_mean) == len(stats.theta_std)
-        good = good and np.isfinite(np.concatenate([getattr(stats, name) for name in names])).all()
-        good = good and min(stats.tile_std) > 0 and min(stats.theta_std) > 0
+        for mean, std in ((stats.tile_mean, stats.tile_std), (stats.theta_mean, stats.theta_std)):
+            good = good and len(mean) == len(std) and bool(np.isfinite(mean + std).all()) and min(std) > 0
     except (KeyError, TypeError, ValueError, OverflowError):
         good = False
     if not good:

@@ -25,7 +25,7 @@ LABELS = {
     "m_nu": r"m_\nu",  # in eV, the rest pure numbers
 }  # of the parameters, in TeX
 PARAM_NAMES = tuple(LABELS)  # the order of their columns everywhere
-FOM_PARAMS = ("Omega_m", "S8")  # the Figure of Merit is that of these two
+FOM_PARAMS = ("Omega_m", "S8")  # the Figure of Merit is always of these two
 SIMS_PER_SHARD = 50  # as in the published shards
 
 # nside of the published tiles (EiffL/GowerStreetDESY3); 600 is coarser than the rule in nside_of.

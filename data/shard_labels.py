@@ -45,12 +45,12 @@ class ShardLabels:
 
 
 def read_labels(path: Path, lmax: int, noise_level: str = "") -> ShardLabels:
-    """Read the labels of one shard, and check row by row what takes no other shard.
+    """Read the labels of one shard, and check them row by row.
 
     Args:
         path: of the shard.
         lmax: that its tiles must have.
-        noise_level: likewise; empty if any will do.
+        noise_level: that they must have; empty if any will do.
 
     Raises:
         UserError: a missing column, another type, an empty or infinite value, another lmax or noise level, no hash.
@@ -58,7 +58,7 @@ def read_labels(path: Path, lmax: int, noise_level: str = "") -> ShardLabels:
     with opened(path) as file:
         columns = [*KEY_NAMES, "noise_level", *PARAM_NAMES]
         if missing := [name for name in ("kappa", *columns) if name not in file.schema_arrow.names]:
-            raise UserError(f"{path} has no column {', '.join(missing)}; it is no shard of tiles, take it away")
+            raise UserError(f"{path} has no column {', '.join(missing)}; it is not a shard of tiles, move it elsewhere")
         n_bins = n_bins_of(path, file)
         table = file.read(columns)
         metadata = {key.decode(errors="replace"): value for key, value in (file.metadata.metadata or {}).items()}
@@ -67,7 +67,7 @@ def read_labels(path: Path, lmax: int, noise_level: str = "") -> ShardLabels:
     check_lmax(path, lmax)
     for field, column in zip(table.schema, table.columns, strict=True):
         if not _fits(field.name, field.type):
-            raise UserError(f"{path}: column {field.name} has type {field.type}; rebuild the shard as the README says")
+            raise UserError(f"{path}: column {field.name} has type {field.type}; rebuild the shard (docs/data.md)")
         if column.null_count:
             row = int(np.argmax(column.is_null()))
             raise UserError(f"{path}, row {row}: {field.name} is empty; rebuild the shard")

@@ -55,9 +55,9 @@ def _description(path: Path) -> dict[str, Any]:
 
 
 def check_lmax(path: Path, lmax: int) -> None:
-    """Compare with the lmax that a shard states, or else, as published shards state none, with its folder's name.
+    """Compare with the lmax that a shard states, or with its folder's name, since published shards state none.
 
-    The shape of a tile is no test: several lmax have the same number of pixels.
+    The shape of a tile does not tell: several lmax have the same number of pixels.
 
     Raises:
         UserError: it is another lmax.

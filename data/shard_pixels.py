@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from common.errors import UserError
 
 VALUES_PER_READ = 1 << 20  # pixels at a time: what pyarrow needs beside the array grows with it
-BUFFER_SIZE = 1 << 20  # bytes read from the file at a time, in place of whole column chunks
+BUFFER_SIZE = 1 << 20  # bytes read from the file at a time, instead of whole column chunks
 
 
 @contextmanager

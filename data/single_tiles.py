@@ -10,7 +10,7 @@ import numpy as np
 from common.errors import UserError
 from data.schema import KEY_NAMES, PARAM_NAMES
 from data.shard_labels import read_labels
-from data.shard_metadata import check_lmax, description_of
+from data.shard_metadata import CONTENT_KEY, check_lmax
 from data.shard_pixels import kappa_of_shard, n_bins_of, opened
 from data.tiles import Tiles, digests_of, empty_kappa
 
@@ -55,13 +55,13 @@ def _of_shard(path: Path, lmax: int, nside: int, n_bins: int) -> tuple[np.ndarra
     with opened(path) as file:
         names = [name for name in KEY_NAMES if name in file.schema_arrow.names]
         rows = zip(*(column.to_pylist() for column in file.read(names).columns), strict=True)
-        found = n_bins_of(path, file)
+        found, has_hash = n_bins_of(path, file), CONTENT_KEY.encode() in (file.metadata.metadata or {})
     if found != n_bins:
         raise UserError(f"--tiles {path} has {found} bins, but the network takes {n_bins} bins; give such tiles")
     chunks = list(kappa_of_shard(path, n_bins, nside, lmax))
     kappa = empty_kappa(sum(map(len, chunks)), n_bins, nside)
     np.concatenate(chunks, out=kappa)
-    if description_of(path) is not None:
+    if has_hash:
         read_labels(path, lmax).check(digests_of(kappa))
     return kappa, tuple("/".join(map(str, row)) for row in rows) or tuple(map(str, range(len(kappa))))
 

@@ -25,7 +25,7 @@ class TileStream:
         self._ahead: tuple[torch.Tensor, Future[torch.Tensor]] | None = None
 
     def prefetch(self, rows: torch.Tensor) -> None:
-        """Begin to read these tiles (B,) beside whatever else is computed; `read` of the same rows then waits less."""
+        """Begin to read these tiles (B,) in the background; `read` of the same rows then waits less."""
         self._ahead = (rows, self._reader.submit(self._read, rows))
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Odd tiles: those whose variance is far from that of their simulation's other tiles."""
+"""Tiles whose variance is far from the variance of their simulation's other tiles."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 
 from common import results
 
-# In robust sigmas of ln variance, the scale being that of differences between neighbours: offsets from a median would
-# be too small where a simulation has few tiles, or has them twice. Of 791 simulations at lmax 64 and 200 and of 40 at
-# 600, noiseless to des_y3, no tile lay beyond 4.8. A tile times 1.5 then lies at 10 +- 1 at lmax 64 (3 of 10,000 below
-# 6) and at 20 or beyond at 200, one of noise alone at 13 or beyond. At lmax 32 a factor of 1.5 does not show.
+# In robust sigmas of ln variance. The scale is that of differences between neighbours: offsets from a median would be
+# too small where a simulation has few tiles, or has them twice. In 791 simulations at lmax 64 and 200 and in 40 at 600,
+# noiseless to des_y3, no tile lies beyond 4.8. A tile times 1.5 lies at 10 +- 1 at lmax 64 (3 of 10,000 below 6) and
+# at 20 or beyond at 200, a tile of noise alone at 13 or beyond. At lmax 32 a factor of 1.5 does not show.
 OUTLIER_SIGMA = 6.0
-MIN_TILES_OF_SIM = 8  # otherwise its median says too little
-MIN_TILES = 120  # of all such simulations, otherwise their scatter says too little
+MIN_TILES_OF_SIM = 8  # the median of fewer says too little
+MIN_TILES = 120  # of all such simulations; the scatter of fewer says too little
 SMALLEST_VARIANCE = 1e-12  # of the median tile's; stands for that of a constant tile
 MEDIAN_TO_SIGMA = 1.4826  # of the absolute values of a normal variable
 
 
 @dataclass(frozen=True)
 class Outlier:
-    """A tile whose variance is far from that of its simulation's other tiles."""
+    """A tile whose variance is far from the variance of its simulation's other tiles."""
 
     key: list[int] = results.key("sim_id, orientation_id, tile_id")
     bin: int = results.key("the bin, from 0")

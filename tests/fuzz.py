@@ -150,7 +150,7 @@ def tampered(path: Path, rng: Rng) -> tuple[str, bytes]:
     metadata = {k: v for k, v in metadata.items() if k != b"ARROW:schema"}
     changed = of_table(table.replace_schema_metadata(metadata), rng)
     sink = pa.BufferOutputStream()
-    pq.write_table(changed, sink, write_page_checksum=True)
+    pq.write_table(changed, sink)
     return of_table.__name__, sink.getvalue().to_pybytes()
 
 

@@ -64,14 +64,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if not inside:
             self.answer(404, X_Error_Code="EntryNotFound")
             return
-        names = sorted({"/".join(name.split("/")[: folder.count("/") + 2]) for name in inside})
         entries: list[dict[str, Any]] = []
-        for name in names:
-            if (content := self.files.get(name)) is None:
-                entries.append({"type": "directory", "path": name, "oid": "0"})
-            else:
-                lfs = {"oid": self.hash_of(content), "size": len(content), "pointerSize": 130}
-                entries.append({"type": "file", "path": name, "size": len(content), "oid": "0", "lfs": lfs})
+        for name in sorted(inside):
+            content = self.files[name]
+            lfs = {"oid": self.hash_of(content), "size": len(content), "pointerSize": 130}
+            entries.append({"type": "file", "path": name, "size": len(content), "oid": "0", "lfs": lfs})
         self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
 
     def file(self, name: str) -> None:
@@ -135,12 +132,12 @@ def test_what_is_fetched_is_what_the_hub_has(
     assert first.read_bytes() == server.files[f"data/{config.configuration}/{first.name}"]
 
 
-def test_an_interrupted_download_goes_on(hub: tuple[type[Hub], FetchConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_resumes(hub: tuple[type[Hub], FetchConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """At the shard that was being fetched; those before it are kept."""
     server, config = hub
     monkeypatch.setattr("time.sleep", lambda _: None)  # between the library's own attempts
     server.breaking, server.most = "shard_0001", 40_000
-    with pytest.raises(UserError, match="the same command goes on from here"):
+    with pytest.raises(UserError, match="the same command resumes from here"):
         fetch_tiles(config)
     server.breaking = ""
     server.downloads.clear()
@@ -153,7 +150,7 @@ def test_what_cannot_be_is_refused(hub: tuple[type[Hub], FetchConfig], tmp_path:
     given = {"results_dir": config.results_dir, "endpoint": config.endpoint}
     with pytest.raises(UserError, match="has no data/lmax_400_des_y3; it has lmax_32_des_y3"):
         fetch_tiles(FetchConfig(lmax=400, **given))
-    with pytest.raises(UserError, match="the hub has no data set nobody/nothing at main"):
+    with pytest.raises(UserError, match="the hub has no tiles in nobody/nothing at main"):
         fetch_tiles(FetchConfig(lmax=LMAX, repo="nobody/nothing", **given))
     server.hash_of = staticmethod(lambda _: "0" * 64)
     with pytest.raises(UserError, match=r"shard_0000.parquet came twice and is not what the hub says"):

@@ -138,7 +138,7 @@ def test_two_processes_cannot_write_one_folder_and_a_dead_one_does_not_hold_it(
     folder.mkdir(parents=True)
     options = ["--results-dir", tmp_path, "--lmax", SMALL_LMAX, "--noise-level", "noiseless", "--backbone", "tiny"]
     options += ["--tag", "t", "--max-epochs", 1, "--device", "cpu"]
-    hold = f"from pathlib import Path; from common.artifacts import exclusive\nwith exclusive(Path({str(folder)!r})): "
+    hold = f"from pathlib import Path; from common.lock import exclusive\nwith exclusive(Path({str(folder)!r})): "
     code = hold + "print('held', flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -19,7 +19,6 @@ from conftest import ROOT, SHARED_DATA, make_tiles, write_tiles
 from common.errors import UserError
 from data.read_shards import read_tiles
 from data.schema import KEY_NAMES, PARAM_NAMES, nside_of
-from data.shard_metadata import METADATA_KEY
 from data.single_tiles import read_single_tiles
 from data.split import make_manifest
 from data.write_shards import open_shard
@@ -277,7 +276,7 @@ def test_a_truncated_shard_is_refused(published_shards: Path, run_command: Calla
 
 def test_single_tiles_need_the_network_s_bins_and_a_shard_that_is_what_was_written(tmp_path: Path) -> None:
     tiles = make_tiles(2, NSIDE, LMAX, n_bins=6)
-    write_tiles(tmp_path, tiles, 100, {METADATA_KEY: "{}"})
+    write_tiles(tmp_path, tiles, 100)
     shard, array = tmp_path / "shard_0000.parquet", tmp_path / "tiles.npy"
     np.save(array, tiles.kappa)
     for path in (shard, array):

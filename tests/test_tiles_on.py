@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from compress.evaluate import predict
 from compress.memory import bytes_of_a_step
 from compress.model import FieldLevelCompressor, load_compressor
 from data.cache import read_tiles_through_cache
-from data.config import TilesOn
+from data.config import SplitOptions, TilesOn
 from data.dataset import TileDataset, batches, whole_dataset
+from data.module import TileDataModule
 from data.moments import moments_of
 from data.norm_stats import NormStats, compute_norm_stats
 from data.schema import FOM_PARAMS, columns_of
@@ -64,6 +66,29 @@ def test_both_stages_are_the_same_to_the_bit_wherever_the_tiles_are(
     held, read = found
     assert all(torch.equal(a, b) for a, b in zip(held[0].values(), read[0].values(), strict=True))
     assert held[1:] == read[1:]
+
+
+@pytest.mark.parametrize("n_bins", [1, 6])
+def test_split_tiles_have_the_bins_of_the_shards_and_the_parameters_that_were_named(
+    n_bins: int, tmp_path: Path
+) -> None:
+    write_tiles(tmp_path, make_tiles(10, 16, 32, n_bins=n_bins), rows_per_shard=50)
+    module = TileDataModule(tmp_path, SplitOptions(lmax=32), ("w", "Omega_m", "S8"), device=CPU)
+    tiles = module.setup()
+    assert np.array_equal(tiles.theta, tiles.tiles.params[:, [3, 0, 2]])
+    rows = tiles.compressor_train_ds.rows.numpy()
+    assert sorted(map(tuple, tiles.tiles.keys[rows])) == sorted(map(tuple, tiles.manifest.splits["compressor_train"]))
+    kappa = tiles.tiles.kappa[rows]
+    mean, std = (moment(kappa, axis=(0, 2, 3), dtype=np.float64, keepdims=True) for moment in (np.mean, np.std))
+    for place in ("device", "disk"):
+        found, theta = replace(module, tiles_on=place).setup().compressor_train_ds.__getitems__(range(len(rows)))
+        torch.testing.assert_close(found, torch.from_numpy((kappa - mean) / std).float(), rtol=1e-4, atol=1e-5)
+        physical = tiles.norm_stats.physical_theta(theta.numpy())
+        np.testing.assert_allclose(physical, tiles.theta[rows], rtol=1e-5)
+    for other in (replace(module, params=("Omega_m", "S8")), replace(module, tiles_dir=tmp_path / "other")):
+        write_tiles(tmp_path / "other", make_tiles(10, 16, 32), rows_per_shard=50)
+        with pytest.raises(UserError, match=r"norm_stats.json has . bins and . parameters, .* run stage 1"):
+            replace(other, norm_stats=tiles.norm_stats).setup()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
