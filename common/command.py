@@ -37,19 +37,16 @@ Machine = Literal["gpu", "cpu", "small"]
 
 @dataclass(frozen=True)
 class Command(Generic[Config]):
-    """A command.
+    """A command. Functions are named "package.module.name" and imported after parsing: --help needs no torch.
 
     Attributes:
-        name: of the command, as run_{name}.py.
+        name: as in run_{name}.py.
         config_class: its options.
-        function: "package.module.name" of the function that does the work, which takes the config and on_checkpoint,
-            to be called after each file that must not be lost. It is imported after parsing, so that --help and a bad
-            value need no torch.
+        function: does the work; takes the config and on_checkpoint, to be called after each file that must not be lost.
         report: prints what the function returns.
         machine: what the function needs on Modal.
-        plan: likewise of a function that is called first, where the user sits; `function` then gets what it returns.
-        side_by_side: likewise of the function that takes the place of `function` on Modal, and uses many containers:
-            its third argument is `run_all` below.
+        plan: is called first, where the user sits; `function` then gets what it returns in place of the config.
+        side_by_side: takes the place of `function` on Modal, with `run_all` of `lead` below as its third argument.
     """
 
     name: str
@@ -60,16 +57,12 @@ class Command(Generic[Config]):
     plan: str = ""
     side_by_side: str = ""
 
+    @exit_on_user_error
     def main(self) -> None:
         """Run it here."""
-        exit_on_user_error(self._run_here)()
-
-    def _run_here(self) -> None:
         config = parse_args(self.config_class)
-        self.report(function_named(self.function)(self._planned(config)))
-
-    def _planned(self, config: Config) -> Any:
-        return function_named(self.plan)(config) if self.plan else config
+        argument = function_named(self.plan)(config) if self.plan else config
+        self.report(function_named(self.function)(argument))
 
     def modal_app(self) -> Any:
         """What `modal run` looks for in a run_*.py, with this command as its entry point; None without Modal."""
@@ -79,7 +72,9 @@ class Command(Generic[Config]):
         return None if modal is None else app
 
     def _run_on_modal(self, config: Config) -> None:
-        argument = self._planned(replace(config, results_dir=RESULTS) if self.plan else config)
+        argument: Any = config
+        if self.plan:
+            argument = function_named(self.plan)(replace(config, results_dir=RESULTS))
         if self.side_by_side:
             call = lead.spawn(self.side_by_side, argument, self.machine)
         else:
@@ -94,18 +89,14 @@ def function_named(dotted: str) -> Callable[..., Any]:
 
 
 def in_container(function: str, argument: Any, *more: Any) -> Any:
-    """Call a function in a container, with its files on the Volume.
-
-    A user's mistake comes back as a value: raised, Modal would try again ten times.
-    """
-    commit: Callable[[], None] = _no_volume
-    if not modal.is_local():  # `.local()`, in tests: no Volume is mounted
+    """Call a function in a container; a user's mistake comes back as a value: raised, Modal would try ten times."""
+    mounted = not modal.is_local()  # no Volume is mounted for `.local()`, in tests
+    if mounted:
         volume.reload()
-        commit = volume.commit
         argument = on_volume(argument) if isinstance(argument, ResultsOptions) else argument
     try:
         with listening():  # a container that is taken away is told by SIGINT; the same input then comes again
-            return function_named(function)(argument, commit, *more)
+            return function_named(function)(argument, volume.commit if mounted else lambda: None, *more)
     except UserError as error:
         return error
 
@@ -115,10 +106,6 @@ def raised(result: Any) -> Any:
     if isinstance(result, UserError):
         raise result
     return result
-
-
-def _no_volume() -> None:
-    """Stands for volume.commit where no Volume is mounted."""
 
 
 def on_volume(config: Config) -> Config:
@@ -194,12 +181,12 @@ if modal is not None:
 
         def run_all(function: str, arguments: list[Any]) -> Iterator[Any]:
             """What a function returns for each argument, in their order, or the exception in its place."""
-            local = modal.is_local()
-            if not local:
+            mounted = not modal.is_local()
+            if mounted:
                 volume.commit()
             calls = [(function, argument) for argument in arguments]
             yield from CONTAINERS[machine].starmap(calls, return_exceptions=True)
-            if not local:
+            if mounted:
                 volume.reload()
 
         return in_container(function, argument, run_all)

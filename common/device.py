@@ -18,16 +18,12 @@ DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.
 
 
 def pick_device(name: Device) -> torch.device:
-    """The torch device for --device.
-
-    Raises:
-        UserError: the device asked for is not there.
-    """
+    """The torch device for --device; UserError if it is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(kind for kind, here in available.items() if here) if name == "auto" else name
     if not available[kind]:
         raise UserError(
-            f"--device {name}: PyTorch {torch.__version__} sees none here; use --device cpu or another PyTorch wheel"
+            f"--device {name}: PyTorch {torch.__version__} sees none here; use cpu or another PyTorch wheel"
         )
     torch.backends.cudnn.deterministic = True  # same seed, same machine, same result
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
@@ -37,11 +33,10 @@ def pick_device(name: Device) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors give back, instead of returning it to the system at once.
+    """Let glibc keep the memory that tensors give back, where there is a glibc.
 
-    Activations of a batch are tens of MB each; by default every one is a fresh mapping whose pages the
-    kernel has to clear again. Kept, a step of the tiny backbone takes two thirds of the time. Results
-    do not change. Elsewhere than on Linux with glibc this does nothing.
+    By default every activation is a fresh mapping whose pages the kernel has to clear again. Kept, a step of the tiny
+    backbone takes two thirds of the time, and results do not change.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # names of malloc.h
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
@@ -68,8 +63,8 @@ def free_memory_of(device: torch.device) -> int:
 def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """Tensors from the CPU on the device, those with the widest elements first.
 
-    On CUDA they go in one copy out of pinned memory, byte behind byte, which nobody waits for: from memory that is not
-    pinned, each would wait until the GPU has done all that was asked of it before.
+    On CUDA they go in one copy from pinned memory, for which nobody waits. A copy from memory that is not pinned waits
+    until the GPU has finished all earlier work.
     """
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
@@ -92,6 +87,5 @@ def seeded_generator(seed: int, purpose: str) -> torch.Generator:
 
 def describe_device(device: torch.device) -> str:
     """Name of the hardware, for results."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    on_cpu = f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu

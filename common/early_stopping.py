@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class EarlyStopping:
-    """Remembers the best loss and how many epochs have passed since it.
-
-    `update` changes the state, `should_stop` only looks at it.
-    """
+    """Remembers the best loss and how many epochs have passed since then."""
 
     patience: int
     best_loss: float = math.inf
@@ -19,11 +16,7 @@ class EarlyStopping:
     epochs_since_best: int = 0
 
     def update(self, loss: float, epoch: int) -> bool:
-        """Take the loss of an epoch; True if it is the best so far.
-
-        Raises:
-            ValueError: the loss is not finite: it would never be the best, nor stop anything.
-        """
+        """Take the loss of an epoch; True if it is the best so far. A loss that is not finite is a ValueError."""
         if not math.isfinite(loss):
             raise ValueError(f"validation loss of epoch {epoch} is {loss}")
         if loss < self.best_loss:
@@ -33,7 +26,7 @@ class EarlyStopping:
         return False
 
     def should_stop(self) -> bool:
-        """True once `patience` epochs in a row brought no new best."""
+        """True once `patience` epochs in a row brought no new best; changes nothing."""
         return self.epochs_since_best >= self.patience
 
     def state_dict(self) -> dict[str, float]:

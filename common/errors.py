@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this; lines on stderr."""
+"""UserError, the exception for a user's mistake; lines on stderr; exit codes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ class UserError(Exception):
 
 
 def exit_on_user_error(command: Callable[P, None]) -> Callable[P, None]:
-    """Run a command so that a UserError becomes one line on stderr and exit code 2, no traceback.
-
-    Being stopped likewise: one line and exit code 130 (SIGINT) or 143 (SIGTERM), the shell's codes for it.
-    """
+    """Let a command end with one line on stderr, no traceback: code 2 for a UserError, 130 or 143 for a signal."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -47,7 +44,7 @@ def warn(message: str) -> None:
 
 
 def say(message: str) -> None:
-    """One line on stderr, where the progress goes too."""
+    """One line on stderr, as progress."""
     print(message, file=sys.stderr, flush=True)
 
 

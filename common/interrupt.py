@@ -21,12 +21,7 @@ _state = {"signum": 0, "deferred": False}  # signals are the process's, so this 
 
 
 class Interrupted(KeyboardInterrupt):
-    """The command was asked to stop; the text says how to go on.
-
-    Attributes:
-        signum: by which signal.
-        exit_code: the shell's for it.
-    """
+    """The command was asked to stop by a signal; the text says how to resume, exit_code is the shell's."""
 
     def __init__(self, signum: int, saved: str = "what is finished is kept") -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}: {saved}; the same command goes on from there")
@@ -35,10 +30,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Within, a signal raises Interrupted; at once, or where `deferred` says.
-
-    Threads other than the main one cannot listen: there nothing changes.
-    """
+    """Within, a signal raises Interrupted, at once or where `deferred` says; in the main thread, others hear none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

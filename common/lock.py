@@ -20,17 +20,13 @@ FOREVER = -1.0
 def locked(path: Path, timeout_s: float) -> Iterator[None]:
     """Within, this process has the lock file `path`; where the file system has no locks there is a warning.
 
-    Raises:
-        Timeout: another process has it, and kept it for so many seconds.
-        OSError: the file cannot be made.
+    Raises Timeout if another process keeps it for so many seconds, OSError if the file cannot be made.
     """
-    # Never a lock by the mere existence of a file: it would outlive its process, and a container its successor.
+    # Never a soft lock, the mere existence of a file: it would outlive its process.
     lock = FileLock(path, timeout=timeout_s, fallback_to_soft=False)
     try:
         lock.acquire()
-    except Timeout:
-        raise
-    except OSError as error:
+    except OSError as error:  # a Timeout is one, too
         if error.errno not in NO_LOCKS_HERE:
             raise
         warn(f"{path.parent} is on a file system without locks: make sure that no other process writes there")
@@ -42,12 +38,9 @@ def locked(path: Path, timeout_s: float) -> Iterator[None]:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Within, no other process may write the folder.
+    """Within, no other process may write the folder; UserError if one does, or nothing can be written there.
 
     The lock is the file .{name}.lock beside the folder. It stays there, unless the folder was never made.
-
-    Raises:
-        UserError: another process has the lock, or nothing can be written there.
     """
     lock_path = folder.parent / f".{folder.name}.lock"
     made = [parent for parent in folder.parents if not parent.exists()]

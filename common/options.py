@@ -60,11 +60,7 @@ class ResultsOptions:
     results_dir: str = option("results", "folder that everything is read from and written to", may_change=True)
 
     def __post_init__(self) -> None:
-        """Check what `option` says of each value.
-
-        Raises:
-            UserError: a number out of its bounds, or a name that is no name of a folder.
-        """
+        """Check what `option` says of each value; UserError if a number is out of bounds, or a name is no name."""
         for field in dataclasses.fields(self):
             value, flag = getattr(self, field.name), flag_of(field.name)
             about = field.metadata
@@ -103,12 +99,12 @@ def names_of(config_class: type[ResultsOptions], property: str) -> list[str]:
 
 def tag_suffix(config: ResultsOptions) -> str:
     """What a run's name says of the options that make it another than the default one."""
-    different = [
-        field
-        for field in dataclasses.fields(config)
-        if field.metadata["in_tag"] and getattr(config, field.name) != field.default
-    ]
-    return "".join(f"_{field.name}_{str(getattr(config, field.name)).replace(',', '-')}" for field in different)
+    values = {name: getattr(config, name) for name in names_of(type(config), "in_tag")}
+    return "".join(
+        f"_{name}_{str(value).replace(',', '-')}"
+        for name, value in values.items()
+        if value != config.__dataclass_fields__[name].default
+    )
 
 
 def identity(config_class: type[ResultsOptions], options: dict[str, Any]) -> dict[str, Any]:
@@ -140,11 +136,7 @@ def flag_of(name: str) -> str:
 
 
 def parse_args(config_class: type[Config], argv: list[str] | None = None) -> Config:
-    """Build a command's config from the command line; one flag per field of the dataclass.
-
-    Raises:
-        UserError: an option whose value makes no sense. (argparse itself exits with code 2.)
-    """
+    """Build a command's config from the command line; one flag per field; UserError for a value without sense."""
     parser = argparse.ArgumentParser(
         description=config_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
@@ -185,8 +177,7 @@ def _with_recipe(config_class: type[Config], given: dict[str, Any]) -> Config:
 def with_signature_of(config_class: type[Config], use: Callable[[Config], None]) -> Callable[..., None]:
     """A function for the modal client whose keywords are the options: it builds the config and calls `use`.
 
-    `modal run run_compressor.py --help` then lists the same options as argparse does. The client gives every option a
-    value, so what the user gave is told from a default by the words of the command line.
+    The client gives every option a value: what the user gave is told from a default by the command line's words.
     """
 
     def modal_main(**options: Any) -> None:

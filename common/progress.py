@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.artifacts import atomic_path
+from common.errors import say
 from common.interrupt import check
 
 METRICS_NAME = "metrics.jsonl"
@@ -20,18 +21,14 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """A bar over `total` steps with a note behind it.
-
-    Off a terminal (a log file, CI, SLURM) it prints a plain line every few seconds instead.
-    """
+    """A bar over `total` steps with a note behind it; off a terminal (a log, CI, SLURM) a plain line now and then."""
 
     def __init__(self, description: str, total: int, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done, self.printed, self.note = 0, -1, ""
         self.start = self.last_line = time.monotonic()
-        self.bar = (
-            tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True) if sys.stderr.isatty() else None
-        )
+        bar = {"total": total, "desc": description, "unit": f" {unit}", "dynamic_ncols": True}
+        self.bar = tqdm(**bar) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Self:
         return self
@@ -45,11 +42,7 @@ class Progress:
             self._print_line()
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
-        """Count steps; `note` replaces the text behind the bar.
-
-        Raises:
-            Interrupted: a signal has come.
-        """
+        """Count steps; `note` replaces the text behind the bar. Raises Interrupted if a signal has come."""
         check()
         self.done += steps
         if note is not None:
@@ -65,11 +58,7 @@ class Progress:
         self.last_line, self.printed = time.monotonic(), self.done
         elapsed = self.last_line - self.start
         left = f", {elapsed * (self.total - self.done) / self.done:.0f} s left" if 0 < self.done < self.total else ""
-        print(
-            f"{self.description}: {self.done}/{self.total} {self.unit}, {elapsed:.0f} s{left}  {self.note}".rstrip(),
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{self.description}: {self.done}/{self.total} {self.unit}, {elapsed:.0f} s{left}  {self.note}".rstrip())
 
 
 def write_metrics(path: Path, lines: list[dict[str, float | int]]) -> None:

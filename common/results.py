@@ -25,11 +25,7 @@ def write_result(path: Path, result: Any) -> None:
 
 
 def read_result(path: Path, result_class: type[Result], written_by: str) -> Result:
-    """Read a result that `written_by` writes.
-
-    Raises:
-        UserError: the file is missing, was changed, or does not have the keys of this version.
-    """
+    """Read a result that `written_by` writes; UserError if it is missing, was changed, or is of another version."""
     content = read_sealed(path, written_by)
     del content["sha256"]
     try:

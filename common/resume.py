@@ -35,19 +35,12 @@ class Part(Protocol):
 
 @dataclass
 class Position:
-    """How far a training has come.
+    """How far a training has come."""
 
-    Attributes:
-        epoch: the current one, from 0.
-        batch: number of the next batch in this epoch.
-        losses: of the batches of this epoch so far, on the device.
-        metrics: one line per finished epoch.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    losses: list[torch.Tensor] = field(default_factory=list)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    epoch: int = 0  # the current one
+    batch: int = 0  # the next one of this epoch
+    losses: list[torch.Tensor] = field(default_factory=list)  # of this epoch's batches so far, on the device
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # a line per finished epoch
 
     def next_batch(self, loss: torch.Tensor) -> None:
         """A batch is done."""
@@ -75,8 +68,7 @@ class LastCheckpoint:
         Args:
             folder: of the run.
             config: its options; the training resumes only with the same. With --restart it starts over where it
-                cannot resume. (Where it can, it does so even then; otherwise a command with --restart could never be
-                interrupted.)
+                cannot resume. (Where it can, it does, or a command with --restart could never be interrupted.)
             fixed: what else must be the same, such as the precision that an option chose.
             best: name of the file with the best weights so far. It is saved and put back with the rest, because the
                 one in the folder may come from a later epoch.
@@ -84,7 +76,7 @@ class LastCheckpoint:
             on_saved: called after each saving.
 
         Raises:
-            UserError: it cannot resume, and not --restart.
+            UserError: it cannot resume, and not --restart; likewise the methods below.
         """
         self.path, self.best, self.device = folder / LAST_NAME, folder / best, device
         self.config, self.options = config, dataclasses.asdict(config)
@@ -120,27 +112,20 @@ class LastCheckpoint:
             self.content = None
 
     def can_resume(self, fingerprints: dict[str, str | None]) -> bool:
-        """Whether an interrupted training resumes, now that the data are known and before anything is written.
+        """Whether an interrupted training resumes with these data; to be asked before anything is written.
 
-        Args:
-            fingerprints: of the data, by name; None for data that are not used.
-
-        Raises:
-            UserError: it was trained on other data, and not --restart.
+        Fingerprints are named as in results; None for data that are not used.
         """
         self.data |= fingerprints
         self._compare()
         return self.content is not None
 
     def restore(self, parts: dict[str, Part], generators: dict[str, torch.Generator]) -> Position:
-        """Put everything back as it was when the training was interrupted; where that was, or the beginning.
+        """Put everything back as it was when the training was interrupted; returns where that was, or the beginning.
 
         Args:
             parts: what is trained and what trains it; saved from now on.
             generators: that the batches draw from, besides torch's own.
-
-        Raises:
-            UserError: another version saved it, and not --restart.
         """
         self.parts, self.generators = parts, generators
         content, self.content = self.content, None
@@ -211,7 +196,7 @@ class LastCheckpoint:
             self.save()
 
     def save(self) -> None:
-        """Write last.ckpt, unless a loss is not finite: the training will stop, and the good file is kept."""
+        """Write last.ckpt; not after a loss that is not finite: the training will stop, and the good file is kept."""
         losses = self.position.losses
         if losses and not torch.stack(losses).isfinite().all():
             return
@@ -232,8 +217,8 @@ class LastCheckpoint:
     def saved_when_interrupted(self) -> Iterator[None]:
         """Within, SIGINT and SIGTERM wait for interrupt.check between two batches; then it saves.
 
-        It saves at the end as well if that is due, since what follows a training may be interrupted too; metrics.jsonl,
-        which has grown line by line, is then written whole.
+        At the end it saves if that is due, as what follows a training may be interrupted too, and writes metrics.jsonl
+        whole, which has grown line by line.
         """
         with deferred():
             try:

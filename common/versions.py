@@ -13,7 +13,7 @@ COMMIT_VARIABLE = "KAPPA_FOM_COMMIT"  # says it where the code lies without its 
 
 
 def commit() -> str:
-    """Hash of the commit that is checked out, with `+changes` behind it if a tracked file differs; or `unknown`."""
+    """Hash of the checked-out commit, with `+changes` if a tracked file differs; or `unknown`."""
     if said := os.environ.get(COMMIT_VARIABLE):
         return said
     if not (ROOT / ".git").exists():  # unpacked from an archive; git would look in the folders above
