@@ -60,7 +60,7 @@ def write_picture(path: Path, version: int) -> None:
 
 def write_shard(path: Path, version: int) -> None:
     tiles = make_tiles(2, 4, 8, seed=version)
-    with open_shard(path, 4, {}) as shard:
+    with open_shard(path, {}) as shard:
         shard.write(tiles.kappa, tiles.keys, tiles.params, tiles.noise_level)
 
 
