@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from common.artifacts import compressor_folder, npe_folder, read_json, tiles_folder, write_json
+from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, read_json, tiles_folder, write_json
 from common.device import describe_device
 from common.figures import BLUE, GREY, ORANGE, figure
 from common.versions import versions
@@ -85,7 +85,7 @@ def train(results: Path, vary: Vary, n_sims: int, recipe: str, seed: int) -> tup
     stage_1, noiseless = RECIPES[recipe]
     more = max(1, round(n_sims / N_SIMS))
     stage_1 = stage_1.format(epochs=EPOCHS // more, decay=DECAY // more)
-    compressor_run, npe_run = compressor_folder(results, tag), npe_folder(results, tag)
+    compressor_run, npe_run = Path(results, COMPRESSOR_RUNS, tag), Path(results, NPE_RUNS, tag)
     size, level = f"--lmax {LMAX} --nside {NSIDE}", f"--noise-level {NOISE_LEVEL}"
     suite = f"run_mock.py {size} --geometry flat --field gaussian --vary {vary} --n-sims {n_sims}"
     suite += f" --results-dir {results}"

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from common.artifacts import compressor_folder, npe_folder, tiles_folder, write_json
+from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, tiles_folder, write_json
 from common.device import describe_device, pick_device
 from common.progress import Progress
 from common.versions import versions
@@ -170,7 +170,7 @@ def main() -> None:
             if split not in options.splits:
                 continue
             tag, home = f"{options.backbone}_lmax{lmax}_{split}_{seed}", home_of(results, geometry, options.n_sims)
-            run_folder, npe_run = compressor_folder(home, tag), npe_folder(home, tag)
+            run_folder, npe_run = Path(home, COMPRESSOR_RUNS, tag), Path(home, NPE_RUNS, tag)
             if not (run_folder / "result.json").exists():
                 run(
                     f"run_compressor.py {tiles} --backbone {options.backbone} {options.recipe} --split-by {split} "

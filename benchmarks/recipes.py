@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from benchmarks.leakage import N_FRESH, N_SIMS, NOISE_LEVEL, home_of, mean_and_error, run
-from common.artifacts import compressor_folder, read_json, tiles_folder, write_json
+from common.artifacts import COMPRESSOR_RUNS, read_json, tiles_folder, write_json
 from common.device import describe_device, pick_device
 from common.versions import versions
 from compress.model import load_compressor
@@ -88,7 +88,7 @@ def main() -> None:
     for seed in range(1, options.seeds + 1):
         for name in options.recipes:
             tag = f"{options.backbone}_{name.replace(', ', '_')}_{seed}"
-            run_folder = compressor_folder(home, tag)
+            run_folder = Path(home, COMPRESSOR_RUNS, tag)
             if not (run_folder / "result.json").exists():
                 run(
                     f"run_compressor.py {tiles} --backbone {options.backbone} {RECIPES[name]} --seed {seed} "

@@ -30,27 +30,8 @@ def named_folder(text: str, lmax: int, noise_level: str) -> Path:
     return Path(text.replace("{lmax}", str(lmax)).replace("{noise_level}", noise_level))
 
 
-def compressor_folder(results_dir: str | Path, tag: str) -> Path:
-    """Folder of one stage-1 run."""
-    return Path(results_dir) / COMPRESSOR_RUNS / tag
-
-
-def npe_folder(results_dir: str | Path, tag: str) -> Path:
-    """Folder of one stage-2 run."""
-    return Path(results_dir) / NPE_RUNS / tag
-
-
-def sweep_folder(results_dir: str | Path, name: str) -> Path:
-    """Folder of a sweep's curve; its runs lie with the other runs."""
-    return Path(results_dir) / SWEEPS / name
-
-
 def refuse_finished_run(folder: Path, result_file: str, restart: bool) -> None:
-    """Keep a finished run safe: to be called before anything is read or computed.
-
-    Raises:
-        UserError: the folder holds a result and --restart was not given.
-    """
+    """Keep a finished run safe: raises UserError if the folder holds a result and --restart was not given."""
     if (folder / result_file).exists() and not restart:
         raise UserError(f"{folder} holds a finished run; add --restart to replace it, or --tag NAME to keep both")
 
@@ -69,11 +50,7 @@ class CannotWriteError(UserError):
 
 
 def make_empty_folder(folder: Path) -> None:
-    """Make a folder, or empty it: to be called once all input has proved good.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Make a folder, or empty it, once all input has proved good; UserError if it cannot be written."""
     try:
         if folder.exists():
             shutil.rmtree(folder)
@@ -86,8 +63,7 @@ def make_empty_folder(folder: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; on success it is synced and takes the name `path`.
 
-    Raises:
-        UserError: the disk is full, read-only or gone; what had the name before is still there.
+    If the disk is full, read-only or gone, it raises UserError, and the file of before is still there.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -95,21 +71,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if os.name == "posix":  # the new name reaches the disk with the folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise CannotWriteError(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -120,11 +91,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, written_by: str = "stage 1") -> Any:
-    """Read JSON that `written_by` writes.
-
-    Raises:
-        UserError: the file is missing or is not JSON.
-    """
+    """Read JSON that `written_by` writes; UserError if the file is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -139,11 +106,7 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path, written_by: str) -> dict[str, Any]:
-    """Read JSON that was sealed.
-
-    Raises:
-        UserError: the file is missing, is not JSON, or was changed.
-    """
+    """Read JSON that was sealed; UserError if the file is missing, is not JSON, or was changed."""
     content = read_json(path, written_by)
     if not isinstance(content, dict) or content != sealed({k: v for k, v in content.items() if k != "sha256"}):
         raise UserError(f"{path} was changed after it was written (its hash does not fit); run {written_by} again")
@@ -152,9 +115,8 @@ def read_sealed(path: Path, written_by: str) -> dict[str, Any]:
 
 def sha256_of_json(content: Any) -> str:
     """SHA-256 of the canonical JSON text (sorted keys, no spaces)."""
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    ).hexdigest()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.artifacts import compressor_folder, make_empty_folder, named_folder, refuse_finished_run, tiles_folder
+from common.artifacts import COMPRESSOR_RUNS, make_empty_folder, named_folder, refuse_finished_run, tiles_folder
 from common.device import name_of_dtype, pick_device
 from common.errors import warn
 from common.lock import exclusive
@@ -41,7 +41,7 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
     Raises:
         UserError: bad input, a finished run of the same tag, or a loss that is not finite.
     """
-    folder = compressor_folder(config.results_dir, config.run_tag)
+    folder = Path(config.results_dir, COMPRESSOR_RUNS, config.run_tag)
     with exclusive(folder):
         refuse_finished_run(folder, RESULT_NAME, config.restart)
         device = pick_device(config.device)

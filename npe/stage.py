@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from data.tiles import Tiles
 
 from common.artifacts import (
     COMPRESSOR_RUNS,
+    NPE_RUNS,
     make_empty_folder,
     named_folder,
-    npe_folder,
     refuse_finished_run,
     tiles_folder,
 )
@@ -31,6 +30,7 @@ from data.module import SplitTiles, TileDataModule
 from data.norm_stats import NORM_STATS_NAME, read_norm_stats
 from data.schema import nside_of
 from data.split import MANIFEST_NAME, read_manifest
+from data.tiles import Tiles
 from npe.compressed import CompressedTileDataModule
 from npe.config import NPEConfig
 from npe.evaluate import FomEvaluation, checkpoint_name, evaluate_npe
@@ -60,7 +60,7 @@ def run_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: None)
     compressor = load_compressor(Path(config.ckpt), device, config.precision)
     _check_against(config, compressor)
     results_dir = config.results_dir or _results_dir_of(compressor_run)
-    folder = npe_folder(results_dir, config.tag or compressor.config.run_tag)
+    folder = Path(results_dir, NPE_RUNS, config.tag or compressor.config.run_tag)
     with exclusive(folder):
         refuse_finished_run(folder, RESULT_NAME, config.restart)
         fixed = {"precision": name_of_dtype(compressor.model.dtype), "compressor": compressor.sha256}

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from common.artifacts import (
-    compressor_folder,
+    COMPRESSOR_RUNS,
+    NPE_RUNS,
+    SWEEPS,
     named_folder,
-    npe_folder,
     sha256_of_file,
-    sweep_folder,
     tiles_folder,
     write_json,
 )
@@ -55,7 +55,7 @@ def run_sweep(config: SweepConfig, on_checkpoint: Callable[[], None] = lambda: N
     Raises:
         UserError: no point at all succeeded.
     """
-    with exclusive(sweep_folder(config.results_dir, config.name)):
+    with exclusive(Path(config.results_dir, SWEEPS, config.name)):
         return _curve(config, [run_point(run, on_checkpoint) for run in config.runs], on_checkpoint)
 
 
@@ -79,13 +79,13 @@ def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -
         the result, or what went wrong: a sweep goes on without a point that failed.
     """
     try:
-        compressor, folder = run.compressor(), compressor_folder(run.sweep.results_dir, run.tag)
+        compressor, folder = run.compressor(), Path(run.sweep.results_dir, COMPRESSOR_RUNS, run.tag)
         path = folder / COMPRESSOR_RESULT_NAME
         stage_1 = read_result(path, CompressorResult, "stage 1") if path.exists() else None
         if not _is_finished(path, stage_1, compressor, compressor):
             run_compressor(compressor, on_checkpoint)
         npe = run.npe(str(folder / CHECKPOINT_NAME))
-        path = npe_folder(run.sweep.results_dir, run.tag) / RESULT_NAME
+        path = Path(run.sweep.results_dir, NPE_RUNS, run.tag) / RESULT_NAME
         stage_2 = read_fom_result(path.parent) if path.exists() else None
         of_another = stage_2 is not None and stage_2.compressor.sha256 != sha256_of_file(Path(npe.ckpt))
         if of_another or not _is_finished(path, stage_2, npe, compressor):
@@ -161,7 +161,7 @@ def _curve(
         points.append({"lmax": run.lmax, "seed": run.seed, "tag": run.tag, **figures})
     if not by_lmax:
         raise UserError(f"no point of the sweep succeeded; the first failed with: {points[0]['error']}")
-    folder = sweep_folder(config.results_dir, config.name)
+    folder = Path(config.results_dir, SWEEPS, config.name)
     result = SweepResult(
         noise_level=config.noise_level,
         curve=[combine_seeds(lmax, results) for lmax, results in sorted(by_lmax.items())],
