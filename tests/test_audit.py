@@ -271,9 +271,9 @@ def test_shards_that_do_not_say_where_they_lie(run_command: Callable, published_
     assert code == 0
     assert "unknown" not in out + err
     told = check_tiles(CheckConfig(tiles_dir=str(published_dir), lmax=SMALL_LMAX, noise_level="noiseless"))
-    for name, leak in told["leakage"].items():
-        assert f"{name:10}  of {leak['n_tiles']} tiles {leak['duplicates']} " in out
-        assert f" {leak['duplicates_or_sky']} ({leak['duplicates_or_sky_fraction']:.1%}) a duplicate or" in out
+    for name, leak in told.audit.leakage.items():
+        assert f"{name:10}  of {leak.n_tiles} tiles {leak.duplicates} " in out
+        assert f" {leak.duplicates_or_sky} ({leak.duplicates_or_sky_fraction:.1%}) a duplicate or" in out
 
     # Null is not unknown: such tiles have no common sky.
     description = json.dumps({ORIENTATIONS_KEY: None})
@@ -316,7 +316,7 @@ def test_both_stages_are_told_where_published_tiles_lie(
     checked = check_tiles(
         CheckConfig(results_dir=str(tmp_path), lmax=16, noise_level="noiseless", geometry="published")
     )
-    assert audits[0] == json.loads(json.dumps({name: checked[name] for name in audits[0]}))
+    assert audits[0] == json.loads(json.dumps(checked.audit.to_json()))
     assert groups[1] == audits[0]["fiducial"]["patch_of_tile"]
     tile_of = {tile: i for i, tile in enumerate(np.ndindex(3, 4))}
     for patch in PATCHES:
