@@ -31,7 +31,7 @@ def exit_on_user_error(command: Callable[P, None]) -> Callable[P, None]:
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # that of torch, which is not imported here
                 raise
-            _die("error: the GPU's memory is full; give a smaller --batch-size, or --feed stream", 2)
+            _die("error: the GPU's memory is full; give a smaller --batch-size, or --tiles-on disk", 2)
         except OSError as error:  # the disk is full, gone, or not ours
             _die(f"error: {error.filename or 'a file'}: {error.strerror or error}; see to the disk and start again", 2)
 

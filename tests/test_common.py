@@ -194,7 +194,7 @@ def test_a_full_gpu_is_one_line_with_a_cure(capsys: pytest.CaptureFixture[str]) 
         full()
     assert left.value.code == 2
     assert capsys.readouterr().err == (
-        "error: the GPU's memory is full; give a smaller --batch-size, or --feed stream\n"
+        "error: the GPU's memory is full; give a smaller --batch-size, or --tiles-on disk\n"
     )
 
 
