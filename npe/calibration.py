@@ -29,19 +29,11 @@ def calibrate(
     tiles: str,
     optimistic: bool,
 ) -> Calibration:
-    """Compare n posteriors with the truth.
+    """Compare the posteriors of n tiles with the truth theta (n, d), with errors from a bootstrap over sim_id (n,).
 
     For a Gaussian posterior the credible region of level p is d2 <= chi2.ppf(p), so expected coverage and the
-    distribution of d2 are two views of one thing.
-
-    Args:
-        posterior: of n tiles, in the units of theta.
-        theta: (n, d) true parameters.
-        sim_id: (n,) simulation of each tile.
-        rng: of the bootstrap.
-        fom: the run's Figure of Merit.
-        tiles: what they are called.
-        optimistic: whether they stopped the training.
+    distribution of d2 are two views of one thing. `fom` is the run's Figure of Merit; `tiles` and `optimistic` are
+    handed on to the result.
     """
     d = theta.shape[1]
     z = (posterior.mu - theta) / posterior.sigma  # (n, d)

@@ -10,6 +10,7 @@ import torch
 
 from common.device import seeded_generator
 from common.early_stopping import EarlyStopping
+from npe.config import NPEConfig
 from npe.fom import scatter
 from npe.model import GaussianNPE, Posterior, posterior_of_moments
 from npe.result import Ensemble, Mixture
@@ -24,7 +25,7 @@ class Member:
     best: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def update(self, loss: float, epoch: int) -> bool:
-        """Take a validation loss and keep the weights if it is the best. A member that has stopped does not change."""
+        """Keep the weights if the validation loss is the best; a member that has stopped does not change."""
         if self.stopper.should_stop() or not self.stopper.update(loss, epoch):
             return False
         self.best = {name: tensor.detach().clone() for name, tensor in self.npe.state_dict().items()}
@@ -41,12 +42,12 @@ class Member:
         self.best = state_dict["best"]
 
 
-def make_members(n_members: int, n_params: int, seed: int, patience: int, device: torch.device) -> list[Member]:
+def make_members(config: NPEConfig, n_params: int, device: torch.device) -> list[Member]:
     """Members with initial weights of their own; the first is the same whatever their number."""
     members = []
-    for k in range(n_members):
-        torch.manual_seed(seeded_generator(seed, f"npe member {k}").initial_seed())
-        members.append(Member(GaussianNPE(n_params).to(device), EarlyStopping(patience)))
+    for k in range(config.n_members):
+        torch.manual_seed(seeded_generator(config.seed, f"npe member {k}").initial_seed())
+        members.append(Member(GaussianNPE(n_params).to(device), EarlyStopping(config.patience)))
     return members
 
 
@@ -65,11 +66,9 @@ def mixture(posteriors: list[Posterior]) -> Posterior:
 def gaussian_kl(p: Posterior, q: Posterior) -> np.ndarray:
     """KL(p || q) per tile in nats, (n,), of Gaussian posteriors.
 
-    For any other density with the moments of p, KL(density || q) = KL(density || p) + KL(p || q), since ln q is
-    quadratic in theta.
+    ln q is quadratic in theta, so KL(f || q) = KL(f || p) + KL(p || q) for any density f with the moments of p.
     """
-    precision = np.linalg.inv(q.cov)
-    shift = q.mu - p.mu  # (n, d)
+    precision, shift = np.linalg.inv(q.cov), q.mu - p.mu  # (n, d, d), (n, d)
     trace = np.einsum("nij,nji->n", precision, p.cov)
     distance = np.einsum("ni,nij,nj->n", shift, precision, shift)
     return 0.5 * (trace + distance - shift.shape[1]) + np.log(p.inverse_volume / q.inverse_volume)
