@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,28 +19,27 @@ from npe.result import Ensemble, Mixture
 
 @dataclass
 class Member:
-    """One NPE with its own initial weights and early stopping; `best` are its weights of the lowest loss."""
+    """One NPE with its own initial weights and early stopping; `best` has its weights of the lowest loss."""
 
     npe: GaussianNPE
+    best: GaussianNPE
     stopper: EarlyStopping
-    best: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def update(self, loss: float, epoch: int) -> bool:
         """Keep the weights if the validation loss is the best; a member that has stopped does not change."""
         if self.stopper.should_stop() or not self.stopper.update(loss, epoch):
             return False
-        self.best = {name: tensor.detach().clone() for name, tensor in self.npe.state_dict().items()}
+        self.best.load_state_dict(self.npe.state_dict())
         return True
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, best weights and the state of early stopping."""
-        return {"npe": self.npe.state_dict(), "stopper": self.stopper.state_dict(), "best": self.best}
+        return {name: part.state_dict() for name, part in vars(self).items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Back to where `state_dict` was taken."""
-        self.npe.load_state_dict(state_dict["npe"])
-        self.stopper.load_state_dict(state_dict["stopper"])
-        self.best = state_dict["best"]
+        for name, part in vars(self).items():
+            part.load_state_dict(state_dict[name])
 
 
 def make_members(config: NPEConfig, n_params: int, device: torch.device) -> list[Member]:
@@ -47,7 +47,8 @@ def make_members(config: NPEConfig, n_params: int, device: torch.device) -> list
     members = []
     for k in range(config.n_members):
         torch.manual_seed(seeded_generator(config.seed, f"npe member {k}").initial_seed())
-        members.append(Member(GaussianNPE(n_params).to(device), EarlyStopping(config.patience)))
+        npe = GaussianNPE(n_params).to(device)
+        members.append(Member(npe, copy.deepcopy(npe), EarlyStopping(config.patience)))
     return members
 
 

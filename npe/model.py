@@ -113,10 +113,9 @@ def predict_posterior(
     return Posterior(params, norm_stats.physical_theta(mu), cov, inverse_volume)
 
 
-def save_npe(
-    path: Path, weights: list[dict[str, torch.Tensor]], config: NPEConfig, epoch: int, test_nll: float
-) -> None:
+def save_npe(path: Path, members: list[GaussianNPE], config: NPEConfig, epoch: int, test_nll: float) -> None:
     """Write npe_best.ckpt: the weights of every member, and when the first was at its best."""
+    weights = [npe.state_dict() for npe in members]
     about = {"compressor_checkpoint": config.compressor_checkpoint, "epoch": epoch, "test_nll": test_nll}
     save_checkpoint(path, KIND, {"members": weights, "config": asdict(config), **about})
 

@@ -20,12 +20,12 @@ RADIUS_68 = np.sqrt(-2 * np.log(1 - 0.683))
 MOST_ELLIPSES = 30  # of one colour; more cannot be told apart
 
 
-def _ellipse(mu: np.ndarray, cov: np.ndarray, radius: float, **style: Any) -> Ellipse:
-    """The contour of a Gaussian: mu (2,), cov (2, 2)."""
+def _ellipse(mu: np.ndarray, cov: np.ndarray, **style: Any) -> Ellipse:
+    """The 68 % contour of a Gaussian: mu (2,), cov (2, 2)."""
     value, vector = np.linalg.eigh(cov)
-    width, height = 2 * radius * np.sqrt(value)
+    width, height = 2 * RADIUS_68 * np.sqrt(value)
     angle = np.degrees(np.arctan2(vector[1, 0], vector[0, 0]))
-    return Ellipse((mu[0], mu[1]), width, height, angle=angle, **style)
+    return Ellipse((mu[0], mu[1]), width, height, angle=angle, lw=1, **style)
 
 
 def draw_fom(result: FomResult, path: Path) -> None:
@@ -37,22 +37,18 @@ def draw_fom(result: FomResult, path: Path) -> None:
     with figure(path, 9.6, 4.4) as drawn:
         left, right = drawn.subplots(1, 2, width_ratios=(1.15, 1))
         for mu, cov in zip(mus, covs, strict=True):
-            left.add_patch(_ellipse(mu, cov, RADIUS_68, facecolor=BLUE, edgecolor="none", alpha=0.07))
-            left.add_patch(_ellipse(mu, cov, RADIUS_68, facecolor="none", edgecolor=BLUE, lw=1.0, alpha=0.8))
+            left.add_patch(_ellipse(mu, cov, facecolor=(BLUE, 0.07), edgecolor=(BLUE, 0.8)))
         left.plot(*theta_true, "*", color=ORANGE, ms=16, mec="white", label="truth", zorder=5)
         left.plot([], [], color=BLUE, label=f"68 % posterior of each of {n} tiles")
         x, y = 1.05 * np.max(np.abs(mus - theta_true) + RADIUS_68 * posterior.sigma[:, two], axis=0)  # half widths
         left.set_xlim(theta_true[0] - x, theta_true[0] + x)
         left.set_ylim(theta_true[1] - y, theta_true[1] + 1.25 * y)
-        left.set_xlabel(label_of(FOM_PARAMS[0]))
-        left.set_ylabel(label_of(FOM_PARAMS[1]))
+        left.set(xlabel=label_of(FOM_PARAMS[0]), ylabel=label_of(FOM_PARAMS[1]))
         left.set_title(f"Fiducial simulation, lmax {result.lmax}, {result.noise_level}")
         left.legend(loc="upper right")
 
         if n > 1:
-            right.axhspan(
-                median - scatter, median + scatter, color=BLUE, alpha=0.12, lw=0, label="tile-to-tile scatter"
-            )
+            right.axhspan(median - scatter, median + scatter, fc=(BLUE, 0.12), label="tile-to-tile scatter")
         right.axhline(median, color=BLUE, label=f"median {median:.0f}")
         right.plot(np.arange(n), fom, "o", color=ORANGE, ms=6, label="one tile")
         right.set_ylim(0, 1.3 * max(fom.max(), median + scatter))
@@ -113,7 +109,7 @@ def draw_predictions(posterior: Posterior, ordinary: np.ndarray, theta: np.ndarr
         for is_ordinary, colour, label in ((True, BLUE, "ordinary"), (False, ORANGE, "out of distribution")):
             some = np.flatnonzero(ordinary == is_ordinary)
             for i in some[:MOST_ELLIPSES]:
-                axes.add_patch(_ellipse(mu[i], cov[i], RADIUS_68, facecolor="none", edgecolor=colour, lw=1))
+                axes.add_patch(_ellipse(mu[i], cov[i], facecolor="none", edgecolor=colour))
             if len(some):
                 more = f", {MOST_ELLIPSES} of them drawn" if len(some) > MOST_ELLIPSES else ""
                 axes.plot(*mu[some[:MOST_ELLIPSES]].T, ".", color=colour, label=f"{len(some)} {label}{more}")

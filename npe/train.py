@@ -66,10 +66,11 @@ def _refuse_not_finite(
     """Raise UserError if a loss of the epoch is not finite; names the tiles of the first such batch."""
     if nll.isfinite().all():
         return
-    bad, cure = ~torch.stack(at.losses).isfinite().all(dim=1), "--restart with a lower --learning-rate"  # (n_batches,)
-    if not bad.any():
-        raise UserError(f"the NPE loss on the test split is not finite in epoch {at.epoch}; {cure}")
-    batch = int(bad.int().argmax())
-    names = names_of_batch(compressed.train_ds.tiles, config.batch_size, _shuffle(config, at.epoch), batch)
-    where = f"epoch {at.epoch}, batch {batch}"
-    raise UserError(f"the NPE loss is not finite in {where}; {cure}, look at (sim/orientation/tile): {names}")
+    bad = ~torch.stack(at.losses).isfinite().all(dim=1)  # (n_batches,)
+    where, look = "on the test split", ""
+    if bad.any():
+        batch = int(bad.int().argmax())
+        names = names_of_batch(compressed.train_ds.tiles, config.batch_size, _shuffle(config, at.epoch), batch)
+        where, look = f"batch {batch}", f", and look at these tiles (sim/orientation/tile): {names}"
+    cure = f"try --restart with a lower --learning-rate{look}"
+    raise UserError(f"the NPE loss is not finite in epoch {at.epoch}, {where}; {cure}")
