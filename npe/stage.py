@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.artifacts import (
-    COMPRESSOR_RUNS,
-    NPE_RUNS,
-    make_empty_folder,
-    named_folder,
-    refuse_finished_run,
-    tiles_folder,
-)
+import compress.stage
+from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, make_empty_folder, named_folder, refuse_finished_run
 from common.device import name_of_dtype, pick_device, seeded_generator
-from common.errors import UserError, warn
+from common.errors import UserError
 from common.lock import exclusive
 from common.options import flag_of
-from common.progress import METRICS_NAME
 from common.results import write_result
 from common.resume import LastCheckpoint
-from compress.memory import bytes_of_a_step
 from compress.model import TrainedCompressor, load_compressor
 from compress.pictures import draw_loss_curves
 from data.cache import read_tiles_through_cache
-from data.module import SplitTiles, TileDataModule
+from data.module import SplitTiles
 from data.norm_stats import NORM_STATS_NAME, read_norm_stats
-from data.schema import nside_of
 from data.split import MANIFEST_NAME, read_manifest
 from data.tiles import Tiles
 from npe.compressed import CompressedTileDataModule
@@ -110,23 +101,15 @@ def read_tiles(
             f"{config.ckpt}: its tiles have no simulation {manifest.fiducial_sim_id}, so there is no fiducial FoM; "
             "run stage 1 again with another --fiducial-sim-id"
         )
-    lmax, level, dtype = stage_1.lmax, stage_1.noise_level, compressor.model.dtype
-    noiseless, nside = config.noiseless_tiles or stage_1.noiseless_tiles, nside_of(lmax, stage_1.nside)
-    data = TileDataModule(
-        tiles_folder(config.tiles_dir or stage_1.tiles_dir, results_dir, lmax, level),
+    here = replace(
         stage_1,
-        stage_1.theta_names,
-        device=device,
-        dtype=dtype,
+        results_dir=str(results_dir),
+        tiles_dir=config.tiles_dir or stage_1.tiles_dir,
+        noiseless_tiles=config.noiseless_tiles or stage_1.noiseless_tiles,
         tiles_on=config.tiles_on,
-        reserve=partial(bytes_of_a_step, stage_1.backbone, dtype, config.batch_size, nside, training=False),
-        noiseless_dir=named_folder(noiseless, lmax, level) if noiseless else None,
-        manifest=manifest,
-        norm_stats=norm_stats,
-    ).setup()
-    for warning in data.audit.warnings():
-        warn(warning)
-    return data
+        batch_size=config.batch_size,
+    )
+    return compress.stage.read_tiles(here, device, compressor.model.dtype, manifest, norm_stats)
 
 
 def read_calibration_tiles(config: NPEConfig, data: SplitTiles) -> Tiles | None:
@@ -149,16 +132,9 @@ def _write(result: FomResult, d2: np.ndarray, data: SplitTiles, folder: Path, co
     """Pictures and report, then fom_result.json: a run that has it is finished."""
     draw_fom(result, folder / "fom.png")
     draw_calibration(result.calibration, d2, folder / "calibration.png")
-    draw_loss_curves(
-        folder / METRICS_NAME,
-        folder / "loss_curves.png",
-        "Gaussian NPE",
-        "negative log-likelihood of normalised theta",
-        train=("train_nll", "training (augmented)"),
-        validation=("test_nll", "test split (early stopping)"),
-        best_epoch=result.npe.best_epoch,
-        log=False,
-    )
+    curves = {"train_nll": "training (augmented)", "test_nll": "test split (early stopping)"}
+    title = "Gaussian NPE: negative log-likelihood of normalised theta"
+    draw_loss_curves(folder, title, curves, result.npe.best_epoch)
     draw_tiles(data, folder / "tiles.png")
     write_report(result, folder, compressor_run)
     write_result(folder / RESULT_NAME, result)
