@@ -63,7 +63,7 @@ class WorkerPool:
             pipe.send((function, job))
             result, error = pipe.recv()
         except (EOFError, OSError):
-            raise UserError("a worker process died, likely out of memory; lower --workers, what is finished is kept") from None
+            raise UserError("a worker process died (out of memory?); lower --workers to resume from here") from None
         finally:
             self._idle.put(pipe)
         if error is not None:

@@ -77,17 +77,15 @@ class IngestConfig(SeedOptions):
         return [(lmax, level) for lmax in lmax_list(self.lmax) for level in self.noise_list]
 
     @property
-    def sim_list(self) -> list[int] | None:
-        """The numbers in --sims; None for all."""
-        if not self.sims:
-            return None
+    def sim_list(self) -> list[int]:
+        """The numbers in --sims; empty for all simulations."""
         found: set[int] = set()
-        for part in self.sims.split(","):
+        for part in self.sims.split(",") if self.sims else ():
             first, _, last = part.partition("-")
             try:
                 found |= set(range(int(first), int(last or first) + 1))
             except ValueError:
                 raise UserError(f"--sims {self.sims!r} is not a list like 1-50,109") from None
-        if not found:
+        if self.sims and not found:
             raise UserError(f"--sims {self.sims!r} names no simulation; give a list like 1-50,109")
         return sorted(found)

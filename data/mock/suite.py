@@ -32,11 +32,9 @@ DESCRIBED = ("lmax", "nside", "noise_level", "n_sims", "field", "vary", "seed", 
 
 
 def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Write the shards of a suite; finished shards are kept.
+    """Write the shards of a suite that are not finished.
 
-    Args:
-        config: all options.
-        on_checkpoint: called whenever a shard is finished (Modal commits its Volume).
+    on_checkpoint is called after every shard (Modal commits its Volume).
 
     Returns:
         folder, n_sims, n_tiles, nside, elapsed_s.
