@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ class Outcome:
 
     sim_id: int
     problem: str = ""
-    incomplete: tuple[int, ...] = ()
+    incomplete: Sequence[int] = ()
 
 
 def ingest(job: Job) -> Outcome:
@@ -86,7 +86,7 @@ def ingest(job: Job) -> Outcome:
         _write_shards(job, missing, alm, lmax)
     except BadSimulationError as error:
         return Outcome(job.sim_id, str(error))
-    return Outcome(job.sim_id, "", tuple(incomplete))
+    return Outcome(job.sim_id, incomplete=incomplete)
 
 
 def _check(job: Job, n_bins: int, nside: int) -> None:

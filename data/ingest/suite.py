@@ -48,7 +48,7 @@ def plan(config: IngestConfig) -> list[Job]:
     parameters = read_parameters(Path(config.params))
     z, nz = read_nz(Path(config.nz)) if config.nz else (np.empty(0), np.empty((0, 0)))
     options = {
-        "made_from": config.kind,
+        "made_from": "lightcones" if config.lightcones else "kappa maps",
         "pixel_window": config.pixel_window,
         "seed": config.seed,
         "nz_sha256": hashlib.sha256(np.ascontiguousarray(nz, dtype="<f8").tobytes()).hexdigest(),
@@ -93,23 +93,23 @@ def find_sources(config: IngestConfig, parameters: dict[int, np.ndarray]) -> dic
 
 
 def run_ingest(jobs: list[Job], on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Make the missing tiles of every simulation, on this machine; returns what `_summarise` does.
+    """Make the missing tiles of every simulation, on this machine; returns what `_finish` does.
 
     Raises:
         UserError: a folder holds other tiles or cannot be written; with --strict, a simulation cannot be used.
     """
-    start, config = time.monotonic(), jobs[0].config
+    start = time.monotonic()
     with ExitStack() as held:
         for output in jobs[0].outputs:
             held.enter_context(exclusive(Path(output.folder)))
         missing = _unfinished(jobs)
         n_bins = len(jobs[0].nz) or 4  # not known yet for --kappa-maps
         memory = (MAPS_PER_WORKER + n_bins) * MAP_BYTES
-        n_workers = min(config.workers or max(1, min(usable_cores(), free_memory() // memory)), len(missing))
+        n_workers = min(jobs[0].config.workers or max(1, min(usable_cores(), free_memory() // memory)), len(missing))
         outcomes: Iterator[Outcome] = map(ingest, missing)
         if n_workers > 1:
             outcomes = in_order(held.enter_context(worker_pool(n_workers)), ingest, missing, ahead=len(missing))
-        result = _summarise(jobs, _collect(outcomes, config.strict, len(missing)), start)
+        result = _finish(jobs, outcomes, len(missing), start)
     on_checkpoint()
     return result
 
@@ -127,12 +127,12 @@ def ingest_side_by_side(
         run_all: calls a function for every job in a container of its own, and yields results or exceptions in any
             order; it commits the Volume at its start and reloads it at its end.
     """
-    start, config = time.monotonic(), jobs[0].config
-    if "://" not in config.lightcones:
+    start = time.monotonic()
+    if "://" not in jobs[0].config.lightcones:
         raise UserError("on Modal, give the URL that serves the simulations as --lightcones")
     missing = _unfinished(jobs)
     outcomes = run_all("data.ingest.suite.ingest_in_container", missing)
-    result = _summarise(jobs, _collect(outcomes, config.strict, len(missing)), start)
+    result = _finish(jobs, outcomes, len(missing), start)
     on_checkpoint()
     return result
 
@@ -155,42 +155,38 @@ def _unfinished(jobs: list[Job]) -> list[Job]:
     return [job for job in jobs if any(output.shard(job.sim_id) not in finished for output in job.outputs)]
 
 
-def _collect(outcomes: Iterable[Outcome | Exception], strict: bool, n_jobs: int) -> list[Outcome]:
-    """All outcomes; every problem is printed when it arrives.
+def _finish(jobs: list[Job], outcomes: Iterable[Outcome | Exception], n_missing: int, start: float) -> dict[str, Any]:
+    """Wait for all outcomes, print every problem when it arrives, and write ingest.json and suite.png.
+
+    Returns:
+        folders, n_sims (that have all their shards), n_tiles (per folder), left_out (reason by sim_id), incomplete
+        (steps by sim_id), elapsed_s, commit.
 
     Raises:
         UserError: with --strict, at the first simulation that cannot be used.
         Exception: the one in an outcome's place.
     """
-    found = []
-    with Progress("ingesting", n_jobs, "simulations") as progress:
+    left_out, incomplete = {}, {}
+    with Progress("ingesting", n_missing, "simulations") as progress:
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
-            if outcome.problem and strict:
-                raise UserError(f"{outcome.problem} (simulation {outcome.sim_id}; without --strict it is left out)")
             if outcome.problem:
+                if jobs[0].config.strict:
+                    raise UserError(f"{outcome.problem} (simulation {outcome.sim_id}; without --strict it is left out)")
                 warn(f"simulation {outcome.sim_id} is left out: {outcome.problem}")
+                left_out[str(outcome.sim_id)] = outcome.problem
+            if outcome.incomplete:
+                incomplete[str(outcome.sim_id)] = list(outcome.incomplete)
             progress.advance()
-            found.append(outcome)
-    return found
-
-
-def _summarise(jobs: list[Job], outcomes: list[Outcome], start: float) -> dict[str, Any]:
-    """Write ingest.json and suite.png beside the shards, once all jobs are done.
-
-    Returns:
-        folders, n_sims (that have all their shards), n_tiles (per folder), left_out (reason by sim_id), incomplete
-        (steps by sim_id), elapsed_s, commit.
-    """
     folders = [Path(output.folder) for output in jobs[0].outputs]
     n_sims = len(set.intersection(*({path.name for path in folder.glob("shard_*.parquet")} for folder in folders)))
     result = {
         "folders": [str(folder) for folder in folders],
         "n_sims": n_sims,
         "n_tiles": n_sims * TILES_PER_SIM,
-        "left_out": {str(o.sim_id): o.problem for o in outcomes if o.problem},
-        "incomplete": {str(o.sim_id): list(o.incomplete) for o in outcomes if o.incomplete},
+        "left_out": left_out,
+        "incomplete": incomplete,
         "elapsed_s": round(time.monotonic() - start, 1),
         "commit": COMMIT,
     }
