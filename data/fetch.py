@@ -48,7 +48,7 @@ def fetch_tiles(config: FetchConfig, on_checkpoint: Callable[[], None] = lambda:
         "n_shards": len(files),
         "n_tiles": len(index.keys),
         "n_sims": len(index.keys) // TILES_PER_SIM,
-        "megabytes": _megabytes(files),
+        "megabytes": sum(file.size for file in files) // 1_000_000,
         "commit": commit,
         "lmax": config.lmax,
         "noise_level": config.noise_level,
@@ -63,11 +63,11 @@ def _download(config: FetchConfig, home: Path, on_checkpoint: Callable[[], None]
     try:
         commit = api.dataset_info(config.repo, revision=config.revision).sha or config.revision
         files = _shards_of(api, config, commit)
-        with Progress("fetching", _megabytes(files), "MB") as progress:
+        with Progress("fetching", len(files), "shards") as progress:
             for file in files:
                 _fetch(api, file, config.repo, commit, home)
                 on_checkpoint()
-                progress.advance(_megabytes([file]), Path(file.path).name)
+                progress.advance(note=Path(file.path).name)
     except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError):
         raise UserError(f"the hub has no tiles in {config.repo} at {config.revision}; check --repo") from None
     except (HfHubHTTPError, TRANSPORT_ERROR, ConnectionError, TimeoutError) as error:
@@ -76,10 +76,6 @@ def _download(config: FetchConfig, home: Path, on_checkpoint: Callable[[], None]
     except OSError as error:
         raise CannotWriteError(home, error) from None
     return commit, files
-
-
-def _megabytes(files: list[RepoFile]) -> int:
-    return sum(file.size for file in files) // 1_000_000
 
 
 def _shards_of(api: HfApi, config: FetchConfig, commit: str) -> list[RepoFile]:

@@ -66,13 +66,12 @@ def parse_shells(text: str, name: str, params: np.ndarray) -> Shells:
         )
     near = z_far < DISTANCE_CHECKED_TO_Z
     expected = comoving_distance(z_far[near], params)
-    off = chi_far[near] / expected - 1
-    if near.any() and (worst := np.abs(off).max()) > DISTANCE_TOLERANCE:
-        k = int(np.argmax(np.abs(off)))
+    off = np.abs(chi_far[near] / expected - 1)
+    if near.any() and off.max() > DISTANCE_TOLERANCE:
+        k = int(np.argmax(off))
         raise UserError(
-            f"{name}: step {shells.step[k]} ends at z = {z_far[near][k]:.3f} and {chi_far[near][k]:.1f} Mpc/h, where "
-            f"its cosmology gives {expected[k]:.1f} ({100 * worst:.0f} % off); the distances are not in Mpc/h, or "
-            "--params has another simulation under this number"
+            f"{name}: step {shells.step[k]} ends at {chi_far[near][k]:.1f} Mpc/h, by its cosmology at {expected[k]:.1f}; "
+            "distances are not in Mpc/h, or --params has another simulation under this number"
         )
     return shells
 

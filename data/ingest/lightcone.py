@@ -43,14 +43,9 @@ class _TooLate(Exception):
 
 
 def project_lightcone(source: Path, params: np.ndarray, z: np.ndarray, nz: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Convergence in every bin from the shells of one simulation.
+    """Convergence in every bin from the shells of one simulation, with params (8,), in a folder or tar file.
 
-    Takes the memory of a map per bin and one shell, in float32.
-
-    Args:
-        source: folder or tar file.
-        params: of the simulation, (8,) in the order of PARAM_NAMES.
-        z, nz: as from read_nz.
+    Takes the memory of a map per bin and one shell, in float32. z, nz are those of read_nz.
 
     Returns:
         kappa, float32 (n_bins, 12 nside^2) in RING order, with mean zero; and the steps left out as incomplete.

@@ -18,9 +18,8 @@ _WHOLE = "tiles cover the whole sky, so give maps without a mask"
 def read_kappa_maps(source: Path, ordering: Ordering) -> np.ndarray:
     """Convergence of one simulation in every bin, float32 (n_bins, 12 nside^2), in RING order.
 
-    Args:
-        source: a FITS file with a map per bin, or a folder with a FITS file per bin, in the order of their names.
-        ordering: of the pixels; "auto" takes it from the header.
+    The source is a FITS file with a map per bin, or a folder with a FITS file per bin, in the order of their names. The
+    ordering of its pixels may be "auto", which takes it from the header.
 
     Raises:
         BadSimulationError: the maps are not whole maps of one nside; names the file and the reason.

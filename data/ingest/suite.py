@@ -31,7 +31,6 @@ from data.workers import in_order, worker_pool
 
 SIM_NAME = re.compile(r"sim_?0*(\d+)", re.IGNORECASE)  # sim00042, sim00042.tar.gz, kappa_sim42.fits
 ARCHIVE_NAME = "sim{:05d}.tar.gz"  # as the Gower Street site serves them
-SUMMARY_NAME = "ingest.json"
 DOWNLOADS = "downloads"  # below --results-dir; an archive stays there until it has been read
 LOCAL_DISK = "/tmp/downloads"  # likewise in a container: not on the Volume
 MAP_BYTES = 4 * 12 * 2048**2  # a float32 map of the Gower Street simulations
@@ -119,13 +118,9 @@ def ingest_side_by_side(
 ) -> dict[str, Any]:
     """As run_ingest, but led by one container, with another for every simulation, which must be served under a URL.
 
-    No lock is held: its open file would keep the Volume from being reloaded.
-
-    Args:
-        jobs: as from `plan`.
-        on_checkpoint: commits the Volume.
-        run_all: calls a function for every job in a container of its own, and yields results or exceptions in any
-            order; it commits the Volume at its start and reloads it at its end.
+    No lock is held: its open file would keep the Volume from being reloaded. `run_all` calls a function for every job
+    in a container of its own, and yields results or exceptions in any order; it commits the Volume at its start and
+    reloads it at its end.
     """
     start = time.monotonic()
     if "://" not in jobs[0].config.lightcones:
@@ -192,7 +187,7 @@ def _finish(jobs: list[Job], outcomes: Iterable[Outcome | Exception], n_missing:
     }
     fiducial = next((job.params for job in jobs if job.sim_id == FIDUCIAL_SIM_ID), None)
     for output, folder in zip(jobs[0].outputs, folders, strict=True):
-        write_json(folder / SUMMARY_NAME, result)
+        write_json(folder / "ingest.json", result)
         if params := [job.params for job in jobs if output.shard(job.sim_id).exists()]:
             finish_suite(folder, np.stack(params), fiducial)
     return result

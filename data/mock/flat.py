@@ -47,7 +47,7 @@ def modes_of(lmax: int, nside: int) -> Modes:
 
 
 def _coloured(root: np.ndarray, modes: Modes, n_tiles: int, rng: Generator) -> np.ndarray:
-    """Coefficients L a_n, complex (n_tiles, 4, N, N // 2 + 1), of real fields with C_ell = root root^T (n_ell, 4, 4)."""
+    """Coefficients L a_n, complex (n_tiles, 4, N, N // 2 + 1), of real fields; C_ell = root root^T (n_ell, 4, 4)."""
     nside = len(modes.half)
     white = rng.standard_normal((n_tiles, N_BINS, nside, nside))  # its transform has <|w_n|^2> = N^2
     a = scipy.fft.rfft2(white) / nside  # (n_tiles, 4, N, N // 2 + 1)
