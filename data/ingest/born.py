@@ -70,8 +70,8 @@ def parse_shells(text: str, name: str, params: np.ndarray) -> Shells:
     if near.any() and off.max() > DISTANCE_TOLERANCE:
         k = int(np.argmax(off))
         raise UserError(
-            f"{name}: step {shells.step[k]} ends at {chi_far[near][k]:.1f} Mpc/h, by its cosmology at {expected[k]:.1f}; "
-            "distances are not in Mpc/h, or --params has another simulation under this number"
+            f"{name}: step {shells.step[k]} ends at {chi_far[near][k]:.1f} Mpc/h, by its cosmology at "
+            f"{expected[k]:.1f}; it is not in Mpc/h, or --params has another simulation under this number"
         )
     return shells
 
