@@ -16,24 +16,16 @@ from data.ingest.config import IngestConfig
 def report(result: dict[str, Any]) -> None:
     """What the user waited for."""
     print(f"{result['n_sims']} simulations, {result['n_tiles']} tiles in each folder, {result['elapsed_s']:.0f} s")
-    summary = f"{result['folders'][0]}/ingest.json"
     if not result["n_sims"]:
-        raise UserError(f"no simulation could be used; the reasons are above and in {summary}")
+        raise UserError(f"no simulation could be used; the reasons are above and in {result['folders'][0]}/ingest.json")
     for folder in result["folders"]:
         print(f"tiles     {folder}\npicture   {folder}/suite.png")
     if result["left_out"]:
-        print(f"left out  {len(result['left_out'])} simulations; reasons in {summary}")
+        print(f"left out  {len(result['left_out'])} simulations; reasons in {result['folders'][0]}/ingest.json")
 
 
-COMMAND = Command(
-    "ingest",
-    IngestConfig,
-    "data.ingest.suite.run_ingest",
-    report,
-    machine="small",
-    plan="data.ingest.suite.plan",
-    side_by_side="data.ingest.suite.ingest_side_by_side",
-)
+PLAN, SIDE_BY_SIDE = "data.ingest.suite.plan", "data.ingest.suite.ingest_side_by_side"
+COMMAND = Command("ingest", IngestConfig, "data.ingest.suite.run_ingest", report, "small", PLAN, SIDE_BY_SIDE)
 main, app = COMMAND.main, COMMAND.modal_app()
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The published tiles from the Hugging Face hub: one configuration, checked, and resumable."""
+"""The published tiles from the Hugging Face hub: one configuration, checked, and resumable.
+
+Not by snapshot_download, which checks no hashes, and after Ctrl-C first completes the files that it is downloading.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
@@ -27,12 +30,10 @@ TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the library
 def fetch_tiles(config: FetchConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Download the shards of one configuration that are not here yet, and check all of them.
 
-    Args:
-        config: all options.
-        on_checkpoint: called after every shard (Modal commits its Volume).
+    on_checkpoint is called after every shard (Modal commits its Volume).
 
     Returns:
-        folder, n_shards, n_tiles, n_sims, megabytes, commit (of the repository).
+        folder, n_shards, n_tiles, n_sims, megabytes, commit (of the repository), lmax, noise_level.
 
     Raises:
         UserError: there is no such configuration, the hub cannot be reached, or what came is not what it has.
@@ -47,7 +48,7 @@ def fetch_tiles(config: FetchConfig, on_checkpoint: Callable[[], None] = lambda:
         "n_shards": len(files),
         "n_tiles": len(index.keys),
         "n_sims": len(index.keys) // TILES_PER_SIM,
-        "megabytes": _megabytes(files),
+        "megabytes": sum(file.size for file in files) // 1_000_000,
         "commit": commit,
         "lmax": config.lmax,
         "noise_level": config.noise_level,
@@ -58,15 +59,15 @@ def _download(config: FetchConfig, home: Path, on_checkpoint: Callable[[], None]
     """Every shard that is not here yet; the commit that they are from, and all shards."""
     if not sys.stderr.isatty():
         disable_progress_bars()  # of single files
+    api = HfApi(endpoint=config.endpoint or None)
     try:
-        api = HfApi(endpoint=config.endpoint or None)
         commit = api.dataset_info(config.repo, revision=config.revision).sha or config.revision
         files = _shards_of(api, config, commit)
-        with Progress("fetching", _megabytes(files), "MB") as progress:
+        with Progress("fetching", len(files), "shards") as progress:
             for file in files:
-                _fetch(file, config, commit, home)
+                _fetch(api, file, config.repo, commit, home)
                 on_checkpoint()
-                progress.advance(_megabytes([file]), Path(file.path).name)
+                progress.advance(note=Path(file.path).name)
     except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError):
         raise UserError(f"the hub has no tiles in {config.repo} at {config.revision}; check --repo") from None
     except (HfHubHTTPError, TRANSPORT_ERROR, ConnectionError, TimeoutError) as error:
@@ -75,10 +76,6 @@ def _download(config: FetchConfig, home: Path, on_checkpoint: Callable[[], None]
     except OSError as error:
         raise CannotWriteError(home, error) from None
     return commit, files
-
-
-def _megabytes(files: list[RepoFile]) -> int:
-    return sum(file.size for file in files) // 1_000_000
 
 
 def _shards_of(api: HfApi, config: FetchConfig, commit: str) -> list[RepoFile]:
@@ -91,25 +88,14 @@ def _shards_of(api: HfApi, config: FetchConfig, commit: str) -> list[RepoFile]:
     return shards
 
 
-def _fetch(file: RepoFile, config: FetchConfig, commit: str, home: Path) -> None:
-    """Download one file unless it is here; a second time if what came is not right.
-
-    Raises:
-        UserError: it is not right the second time either.
-    """
+def _fetch(api: HfApi, file: RepoFile, repo: str, commit: str, home: Path) -> None:
+    """Download one file unless it is here, a second time if its hash is wrong; raises UserError if it still is."""
     path = home / file.path
-    for again in (False, True):
+    for _ in range(2):
         if _is_right(path, file):
             return
-        hf_hub_download(
-            config.repo,
-            file.path,
-            repo_type="dataset",
-            revision=commit,
-            local_dir=home,
-            endpoint=config.endpoint or None,
-            force_download=again or path.exists(),
-        )
+        path.unlink(missing_ok=True)
+        api.hf_hub_download(repo, file.path, repo_type="dataset", revision=commit, local_dir=home)
     if not _is_right(path, file):
         path.unlink()
         raise UserError(f"{path} came twice and is not what the hub says (its hash does not fit); try again later")

@@ -27,14 +27,10 @@ def describe(geometry: str, options: dict[str, Any]) -> str:
 
 
 def finished_shards(folder: Path, description: str, restart: bool) -> set[Path]:
-    """The shards of this suite that are in its folder; with --restart, they are deleted first.
+    """The shards of this suite, as `describe` describes it, in its folder; with `restart`, they are deleted first.
 
-    A command with --restart that is killed resumes when it is given again, instead of deleting its own shards.
-
-    Args:
-        folder: created if it does not exist.
-        description: what `describe` says of the suite.
-        restart: whether --restart was given.
+    The folder is created. A command with --restart that is killed resumes when it is given again, instead of deleting
+    its own shards.
 
     Raises:
         UserError: the folder has shards that this project did not write, or shards of a suite with other options.
@@ -53,22 +49,16 @@ def finished_shards(folder: Path, description: str, restart: bool) -> set[Path]:
     except OSError as error:
         raise CannotWriteError(folder, error) from None
     for path, other in found.items():
-        if other is not None and other != description:
-            raise UserError(
-                f"{path} belongs to a suite with other options "
-                f"({difference(json.loads(other), json.loads(description))}); "
-                "add --restart to replace it, or write to another folder"
-            )
+        if other != description:
+            differs = difference(json.loads(other or ""), json.loads(description))
+            raise UserError(f"{path} has other options ({differs}); add --restart to replace it, or use another folder")
     return set(found)
 
 
 def finish_suite(folder: Path, params: np.ndarray, fiducial: np.ndarray | None) -> None:
-    """Draw suite.png; from now on --restart deletes the suite.
+    """Draw suite.png from the first tile, the params (n_sims, 8) and the fiducial (8,) if there is one.
 
-    Args:
-        folder: of the shards; the picture shows the first tile of the first.
-        params: of every simulation, (n_sims, 8) in the order of PARAM_NAMES.
-        fiducial: (8,), if there is one.
+    From now on --restart deletes the suite.
     """
     theta = columns_of(params, FOM_PARAMS)  # (n_sims, 2)
     star = None if fiducial is None else columns_of(fiducial, FOM_PARAMS)  # (2,)

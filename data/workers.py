@@ -1,4 +1,9 @@
-"""Worker processes with one thread each, and their results."""
+"""Worker processes with one thread each, and their results.
+
+Every process has a pipe of its own, whose other end is open nowhere else: when it is killed, even while it sends a
+result, the parent's recv ends. In concurrent.futures and in joblib's loky, all processes share a pipe that the parent
+keeps open too; it then waits forever for the rest of the result.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +31,7 @@ Result = TypeVar("Result")
 
 
 class WorkerPool:
-    """Processes, and for each a thread of this one that sends it jobs and receives the results.
-
-    Every process has a pipe of its own, whose other end is open nowhere else: when the process is killed, even while
-    it sends a result, the thread's recv ends. (In concurrent.futures.ProcessPoolExecutor all processes share a pipe
-    that the parent keeps open too; stopping it then waits forever for the rest of the result.)
-    """
+    """Processes, and for each a thread of this one that sends it jobs and receives the results."""
 
     def __init__(self, n_workers: int) -> None:
         self.n_workers = n_workers
@@ -51,8 +51,7 @@ class WorkerPool:
                 self._processes.append(process)
                 self._idle.put(ours)
         except OSError as error:
-            reason = f"cannot start {self.n_workers} processes ({error.strerror})"
-            raise UserError(f"{reason}; give fewer as --workers") from None
+            raise UserError(f"cannot start {self.n_workers} processes ({error.strerror}); lower --workers") from None
 
     def submit(self, function: Callable[[Job], Result], job: Job) -> Future[Result]:
         """Have a process call a module's function; the future holds what it returns or raises."""
@@ -63,9 +62,8 @@ class WorkerPool:
         try:
             pipe.send((function, job))
             result, error = pipe.recv()
-        except (EOFError, ConnectionError):
-            reason = "a worker process died, most likely for lack of memory"
-            raise UserError(f"{reason}; give fewer as --workers, what is finished is kept") from None
+        except (EOFError, OSError):
+            raise UserError("a worker process died (out of memory?); lower --workers to resume from here") from None
         finally:
             self._idle.put(pipe)
         if error is not None:
@@ -119,9 +117,7 @@ def _serve(pipe: Connection) -> None:
 
 
 def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os._exit(1)
 
 

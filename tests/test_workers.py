@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,16 @@ def dying(number: int) -> int:
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def dying_while_sending(number: int) -> np.ndarray:
+    def send_half(pipe: Connection, content: memoryview) -> None:
+        os.write(pipe.fileno(), content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if number == 3:
+        Connection._send = send_half  # type: ignore[attr-defined]
+    return big(number)
 
 
 STOPPED = f"""
@@ -99,9 +111,10 @@ def test_what_cannot_be_sent_still_tells_the_reason() -> None:
                 pool.submit(spoiled, number).result()
 
 
-def test_a_worker_that_dies_is_an_error_with_a_cure() -> None:
-    with pytest.raises(UserError, match=r"a worker process died.* fewer as --workers"), worker_pool(2) as pool:
-        list(in_order(pool, dying, range(5), ahead=10))
+@pytest.mark.parametrize("how", [dying, dying_while_sending])
+def test_a_worker_that_dies_is_an_error_with_a_cure(how: Callable[[int], object]) -> None:
+    with pytest.raises(UserError, match=r"a worker process died.* lower --workers"), worker_pool(2) as pool:
+        list(in_order(pool, how, range(5), ahead=10))
 
 
 ORPHANED = f"""

@@ -25,14 +25,9 @@ MAX_UNSEEN_SOURCES = 1e-3  # of the n(z) beyond the outermost shell
 
 @dataclass(frozen=True)
 class Shells:
-    """The shells of a lightcone, from the observer outwards.
+    """The shells of a lightcone, from the observer outwards: their edges, float64 (n,), chi in Mpc/h."""
 
-    Attributes:
-        step: number of each, as in run.{step}.lightcone.npy, int (n,).
-        z_near, z_far, chi_near, chi_far: edges, float64 (n,); chi in Mpc/h.
-    """
-
-    step: np.ndarray
+    step: np.ndarray  # number of each, as in run.{step}.lightcone.npy, int (n,)
     z_near: np.ndarray
     z_far: np.ndarray
     chi_near: np.ndarray
@@ -45,12 +40,7 @@ class Shells:
 
 
 def parse_shells(text: str, name: str, params: np.ndarray) -> Shells:
-    """Read z_values.txt, and check it against the simulation's cosmology.
-
-    Args:
-        text: of the file.
-        name: of the file, for messages.
-        params: of the simulation, (8,) in the order of PARAM_NAMES.
+    """Read the text of z_values.txt, called `name` in messages, and check it against the simulation's params (8,).
 
     Raises:
         UserError: other columns, a gap, an overlap, or distances that are not those of the cosmology in Mpc/h.
@@ -72,17 +62,16 @@ def parse_shells(text: str, name: str, params: np.ndarray) -> Shells:
         k = int(np.argmax(wrong))
         raise UserError(
             f"{name}: step {shells.step[k]} begins at {chi_near[k]:.1f} Mpc/h, where the shell before it does not end; "
-            "a row is missing or in the wrong order, use the file that is served"
+            "use the file that is served"
         )
     near = z_far < DISTANCE_CHECKED_TO_Z
     expected = comoving_distance(z_far[near], params)
-    off = chi_far[near] / expected - 1
-    if near.any() and (worst := np.abs(off).max()) > DISTANCE_TOLERANCE:
-        k = int(np.argmax(np.abs(off)))
+    off = np.abs(chi_far[near] / expected - 1)
+    if near.any() and off.max() > DISTANCE_TOLERANCE:
+        k = int(np.argmax(off))
         raise UserError(
-            f"{name}: step {shells.step[k]} ends at z = {z_far[near][k]:.3f} and {chi_far[near][k]:.1f} Mpc/h, where "
-            f"its cosmology gives {expected[k]:.1f} ({100 * worst:.0f} % off); the distances are not in Mpc/h, or "
-            "--params has another simulation under this number"
+            f"{name}: step {shells.step[k]} ends at {chi_far[near][k]:.1f} Mpc/h, by its cosmology at "
+            f"{expected[k]:.1f}; it is not in Mpc/h, or --params has another simulation under this number"
         )
     return shells
 
@@ -102,10 +91,7 @@ def born_weights(shells: Shells, z: np.ndarray, nz: np.ndarray, omega_m: float) 
     g_a(chi) = int_chi^inf n_a(chi') (chi' - chi) / chi' dchi' (e.g. Bartelmann & Schneider 2001, astro-ph/9912508,
     section 6.2), chi_k the middle of a shell and z_k its redshift.
 
-    Args:
-        shells: of the lightcone, in Mpc/h.
-        z, nz: (n_z,) and normalised (n_bins, n_z), as from read_nz.
-        omega_m: of the simulation.
+    The sources are z (n_z,) and the normalised nz (n_bins, n_z), as from read_nz.
 
     Raises:
         UserError: sources lie beyond the outermost shell.

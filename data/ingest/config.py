@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from common.errors import UserError
 from common.options import SeedOptions, option
@@ -20,28 +19,18 @@ PixelWindow = Literal["auto", "divide", "keep"]
 class IngestConfig(SeedOptions):
     """Make tiles from simulated lightcones (the Gower Street files) or from full-sky convergence maps."""
 
-    lightcones: str = option(
-        "", "folder of simulations (sim00042/ or sim00042.tar.gz, as served), or the URL that serves them"
-    )
-    kappa_maps: str = option(
-        "", "instead: pattern like 'maps/*' of FITS files with a map per bin, or of folders with a FITS file per bin"
-    )
+    lightcones: str = option("", "folder of simulations (sim00042/ or sim00042.tar.gz), or the URL that serves them")
+    kappa_maps: str = option("", "instead: pattern like 'maps/*' of FITS files, or of folders with a FITS file per bin")
     params: str = option(dataclasses.MISSING, "table of cosmologies, as gower_street_runs.csv")
     nz: str = option("", "n(z) of every bin: text table (z n_1 n_2 ...), or 2-point FITS file with NZ_SOURCE")
     lmax: str = option("200", "largest multipole of the tiles; several with commas")
     noise_level: str = option("des_y3", "shape noise; several with commas, which scale one realisation")
-    geometry: SkyGeometry = option(
-        "disjoint", "where the twelve tiles lie: disjoint patches, or the overlapping ones of the published suite"
-    )
+    geometry: SkyGeometry = option("disjoint", "twelve tiles as disjoint patches, or overlapping as published")
     sims: str = option("", "only these simulations, like 1-50,109 (default: all)")
     ordering: Ordering = option("auto", "order of the pixels of --kappa-maps; auto takes it from the file")
-    pixel_window: PixelWindow = option(
-        "auto", "divide: correct for pixels that are averages; auto: for lightcones, whose counts are averages"
-    )
+    pixel_window: PixelWindow = option("auto", "divide: pixels are averages, correct for it; auto: those of lightcones")
     strict: bool = option(False, "stop at the first simulation that cannot be used, instead of leaving it out")
-    workers: int = option(
-        0, "worker processes (0: one per core that has memory for it); the tiles do not depend on it", at_least=0
-    )
+    workers: int = option(0, "worker processes (0: as cores and memory allow); tiles do not depend on it", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,15 +40,7 @@ class IngestConfig(SeedOptions):
             raise UserError("--lightcones needs the source galaxies; give their n(z) as --nz")
         if self.kappa_maps and self.nz:
             raise UserError("--kappa-maps have their own source galaxies; leave out --nz")
-        known = typing.get_args(NoiseLevel)
-        if unknown := [level for level in self.noise_list if level not in known]:
-            raise UserError(f"--noise-level {unknown[0]!r} is not in {', '.join(known)}; several go with commas")
         self.sim_list, self.configurations  # noqa: B018  (refuses what is not a list)
-
-    @property
-    def kind(self) -> str:
-        """What the tiles are made from, as their shards say it."""
-        return "lightcones" if self.lightcones else "kappa maps"
 
     @property
     def divides_window(self) -> bool:
@@ -67,27 +48,23 @@ class IngestConfig(SeedOptions):
         return self.pixel_window == "divide" or (self.pixel_window == "auto" and bool(self.lightcones))
 
     @property
-    def noise_list(self) -> list[str]:
-        """Every noise level once."""
-        return list(dict.fromkeys(level.strip() for level in self.noise_level.split(",")))
-
-    @property
     def configurations(self) -> list[tuple[int, str]]:
         """Every lmax with every noise level."""
-        return [(lmax, level) for lmax in lmax_list(self.lmax) for level in self.noise_list]
+        levels, known = [level.strip() for level in self.noise_level.split(",")], get_args(NoiseLevel)
+        if unknown := [level for level in levels if level not in known]:
+            raise UserError(f"--noise-level {unknown[0]!r} is not in {', '.join(known)}; several go with commas")
+        return [(lmax, level) for lmax in lmax_list(self.lmax) for level in dict.fromkeys(levels)]
 
     @property
-    def sim_list(self) -> list[int] | None:
-        """The numbers in --sims; None for all."""
-        if not self.sims:
-            return None
+    def sim_list(self) -> list[int]:
+        """The numbers in --sims; empty for all simulations."""
         found: set[int] = set()
-        for part in self.sims.split(","):
+        for part in self.sims.split(",") if self.sims else ():
             first, _, last = part.partition("-")
             try:
                 found |= set(range(int(first), int(last or first) + 1))
             except ValueError:
                 raise UserError(f"--sims {self.sims!r} is not a list like 1-50,109") from None
-        if not found:
+        if self.sims and not found:
             raise UserError(f"--sims {self.sims!r} names no simulation; give a list like 1-50,109")
         return sorted(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -49,6 +50,5 @@ def _fetch_rest(url: str, path: Path) -> bool:
             have = 0  # a server without ranges sends the whole file
         length = int(answer.headers.get("Content-Length") or -1)
         with open(path, "ab" if have else "wb") as file:
-            while block := answer.read(BLOCK):
-                file.write(block)
+            shutil.copyfileobj(answer, file, BLOCK)
     return length < 0 or path.stat().st_size == have + length

@@ -14,7 +14,6 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
@@ -44,14 +43,9 @@ class _TooLate(Exception):
 
 
 def project_lightcone(source: Path, params: np.ndarray, z: np.ndarray, nz: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Convergence in every bin from the shells of one simulation.
+    """Convergence in every bin from the shells of one simulation, with params (8,), in a folder or tar file.
 
-    Takes the memory of a map per bin and one shell, in float32.
-
-    Args:
-        source: folder or tar file.
-        params: of the simulation, (8,) in the order of PARAM_NAMES.
-        z, nz: as from read_nz.
+    Takes the memory of a map per bin and one shell, in float32. z, nz are those of read_nz.
 
     Returns:
         kappa, float32 (n_bins, 12 nside^2) in RING order, with mean zero; and the steps left out as incomplete.
@@ -77,8 +71,12 @@ def project_lightcone(source: Path, params: np.ndarray, z: np.ndarray, nz: np.nd
     except UserError as error:
         raise BadSimulationError(str(error)) from None
     except DAMAGES as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise BadSimulationError(f"{source} is truncated or damaged ({reason}); download it again") from None
+        raise BadSimulationError(f"{source} is truncated or damaged ({reason_of(error)}); download it again") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What a library says of a file, short enough for our message."""
+    return (str(error) or type(error).__name__).splitlines()[0][:160]
 
 
 class _Projection:
@@ -139,10 +137,8 @@ class _Projection:
         if self.kappa.shape[1] == 0:
             self.kappa = np.zeros((len(self.nz), len(counts)), dtype=np.float32)
         if len(counts) != self.kappa.shape[1]:
-            raise BadSimulationError(
-                f"{self.source}/{name} has {len(counts)} pixels, the shells before it {self.kappa.shape[1]}; "
-                "download it again"
-            )
+            n_pixels = f"{len(counts)} pixels, the shells before it {self.kappa.shape[1]}"
+            raise BadSimulationError(f"{self.source}/{name} has {n_pixels}; download it again")
         total = counts.sum(dtype=np.float64)
         if not (np.isfinite(total) and total > 0 and counts.min() >= 0):
             raise BadSimulationError(f"{self.source}/{name} has no particles, or negative ones; download it again")
@@ -163,16 +159,13 @@ class _Projection:
         marked = np.isin(step, list(self.incomplete))
         share = (self.weights / self.weights.sum(axis=1, keepdims=True)).max(axis=0)  # (n_shells,)
         if (gone := absent & ~marked & (share > IRRELEVANT_SHARE)).any():
-            raise BadSimulationError(
-                f"{self.source} lacks run.{step[gone][0]:05d}.lightcone.npy"
-                + (f" and {gone.sum() - 1} more" if gone.sum() > 1 else "")
-                + "; download it again"
-            )
+            name = f"run.{step[gone][0]:05d}.lightcone.npy"
+            raise BadSimulationError(f"{self.source} lacks {name} ({gone.sum()} missing in all); download it again")
         if (lost := lost_share(self.weights, absent)) > MAX_LOST_SHARE:
             names = ", ".join(map(str, sorted(step[absent & (share > IRRELEVANT_SHARE)])))
             raise BadSimulationError(
                 f"{self.source}: the incomplete shells (steps {names}) carry {100 * lost:.1f} % of a bin's lensing "
-                "weight; its convergence would be too weak, so give nearer sources as --nz, or exclude it with --sims"
+                "weight; give nearer sources as --nz, or exclude it with --sims"
             )
         self._compare_densities()
         return self.kappa, sorted(int(s) for s in step[marked & (share > IRRELEVANT_SHARE)])
@@ -180,11 +173,7 @@ class _Projection:
     def _compare_densities(self) -> None:
         """Raise BadSimulationError if a shell's density differs from the rest: its counts belong to another shell."""
         assert self.shells is not None
-        far = [
-            int(s)
-            for s, near in zip(self.shells.step, self.shells.chi_near, strict=True)
-            if near > DENSITY_CHECKED_FROM and s in self.density
-        ]
+        far = [int(s) for s in self.shells.step[self.shells.chi_near > DENSITY_CHECKED_FROM] if s in self.density]
         if not far:
             return
         usual = float(np.median([self.density[s] for s in far]))
@@ -192,7 +181,7 @@ class _Projection:
         if abs(self.density[worst] / usual - 1) > DENSITY_TOLERANCE:
             raise BadSimulationError(
                 f"{self.source}/run.{worst:05d}.lightcone.npy has {self.density[worst] / usual:.2f} times the density "
-                f"of the others; it does not belong to step {worst}, or {Z_VALUES} is another simulation's"
+                f"of the others; it belongs to another step, or {Z_VALUES} to another simulation"
             )
 
 
@@ -230,7 +219,7 @@ def read_counts(file: IO[bytes], name: str) -> np.ndarray:
     Raises:
         BadSimulationError: the file is not a HEALPix map in npy format, or ends too early.
     """
-    with _named(name):
+    try:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
@@ -247,13 +236,6 @@ def read_counts(file: IO[bytes], name: str) -> np.ndarray:
             counts[start : start + n] = np.frombuffer(content, dtype=dtype)
         if file.read(1):
             raise ValueError(f"has more than {n_pixels} pixels")
-    return counts
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    try:
-        yield
     except DAMAGES as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise BadSimulationError(f"{name} is truncated or damaged ({reason}); download it again") from None
+        raise BadSimulationError(f"{name} is truncated or damaged ({reason_of(error)}); download it again") from None
+    return counts

@@ -64,7 +64,5 @@ def _fits_table(path: Path) -> np.ndarray:
             names = [FITS_Z, *(f"BIN{i}" for i in range(1, max(n_bins, 1) + 1))]
             return np.stack([np.asarray(data[name], dtype=np.float64) for name in names], axis=1)  # (n, 1 + n_bins)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--nz {path}: no table {FITS_EXTENSION} with columns {FITS_Z}, BIN1, BIN2, ... ({error}); give a 2-point "
-            f"FITS file, or a text table with {COLUMNS}"
-        ) from None
+        wanted = f"no table {FITS_EXTENSION} with columns {FITS_Z}, BIN1, BIN2, ..."
+        raise UserError(f"--nz {path}: {wanted} ({error}); or give a text table with {COLUMNS}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,24 +46,15 @@ class Output:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker, here or in a container, needs to make the tiles of one simulation.
-
-    Attributes:
-        sim_id, params: the simulation's number and its parameters (8,) in the order of PARAM_NAMES.
-        source: folder, file or URL.
-        z, nz: as from read_nz; empty for maps.
-        outputs: where the tiles go.
-        downloads: folder on a disk with room for an archive.
-        config: all options.
-    """
+    """What a worker, here or in a container, needs to make the tiles of one simulation; only the first three differ."""
 
     sim_id: int
-    params: np.ndarray
-    source: str
-    z: np.ndarray
+    params: np.ndarray  # (8,) in the order of PARAM_NAMES
+    source: str  # folder, file or URL
+    z: np.ndarray  # with nz as from read_nz; empty for maps
     nz: np.ndarray
     outputs: tuple[Output, ...]
-    downloads: str
+    downloads: str  # folder on a disk with room for an archive
     config: IngestConfig
 
 
@@ -73,14 +64,12 @@ class Outcome:
 
     sim_id: int
     problem: str = ""
-    incomplete: tuple[int, ...] = ()
+    incomplete: Sequence[int] = ()
 
 
 def ingest(job: Job) -> Outcome:
     """Write the shards of one simulation that do not exist yet; a problem with the simulation comes back as text."""
     missing = [output for output in job.outputs if not output.shard(job.sim_id).exists()]
-    if not missing:
-        return Outcome(job.sim_id)
     incomplete: list[int] = []
     try:
         with _on_disk(job) as source:
@@ -97,17 +86,14 @@ def ingest(job: Job) -> Outcome:
         _write_shards(job, missing, alm, lmax)
     except BadSimulationError as error:
         return Outcome(job.sim_id, str(error))
-    return Outcome(job.sim_id, "", tuple(incomplete))
+    return Outcome(job.sim_id, incomplete=incomplete)
 
 
 def _check(job: Job, n_bins: int, nside: int) -> None:
     """Raise BadSimulationError if maps with this number of bins and nside cannot become the tiles asked for."""
     largest = max(output.lmax for output in job.outputs)
     if largest > 2 * nside:
-        raise BadSimulationError(
-            f"{job.source} has nside {nside}, which holds multipoles up to {2 * nside}; give a smaller --lmax than "
-            f"{largest}"
-        )
+        raise BadSimulationError(f"{job.source} has nside {nside}: --lmax can be at most {2 * nside}, not {largest}")
     for output in job.outputs:
         try:
             noise_cl(output.noise_level, n_bins)
@@ -119,12 +105,9 @@ def _check(job: Job, n_bins: int, nside: int) -> None:
 
 
 def alm_of_kappa(kappa: np.ndarray, lmax: int, *, divide_window: bool) -> np.ndarray:
-    """Coefficients (n_bins, n_alm) of full-sky maps (n_bins, n_pixels) in RING order.
+    """Coefficients (n_bins, n_alm) of full-sky maps (n_bins, n_pixels) in RING order; lmax is at most 2 nside.
 
-    Args:
-        kappa: convergence in every bin.
-        lmax: largest multipole, at most 2 nside.
-        divide_window: correct for pixels that hold the mean over their area, as counts per pixel do.
+    divide_window corrects for pixels that hold the mean over their area, as counts per pixel do.
     """
     alm = np.stack([healpy.map2alm(one, lmax=lmax, iter=ITERATIONS, pol=False) for one in kappa])  # (n_bins, n_alm)
     if divide_window:

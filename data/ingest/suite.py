@@ -1,4 +1,4 @@
-"""Many simulations to the shards of a suite, by worker processes here or by containers, and what was left out."""
+"""Many simulations to the shards of a suite, by worker processes here or by containers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from data.workers import in_order, worker_pool
 
 SIM_NAME = re.compile(r"sim_?0*(\d+)", re.IGNORECASE)  # sim00042, sim00042.tar.gz, kappa_sim42.fits
 ARCHIVE_NAME = "sim{:05d}.tar.gz"  # as the Gower Street site serves them
-SUMMARY_NAME = "ingest.json"
 DOWNLOADS = "downloads"  # below --results-dir; an archive stays there until it has been read
 LOCAL_DISK = "/tmp/downloads"  # likewise in a container: not on the Volume
 MAP_BYTES = 4 * 12 * 2048**2  # a float32 map of the Gower Street simulations
@@ -39,20 +38,7 @@ MAP_BYTES = 4 * 12 * 2048**2  # a float32 map of the Gower Street simulations
 MAPS_PER_WORKER = 12
 
 
-@dataclass(frozen=True)
-class IngestPlan:
-    """The simulations that become tiles, and how; the user's tables have been read, and travel with the jobs."""
-
-    config: IngestConfig
-    jobs: list[Job]
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """The folders of tiles, the same for all jobs."""
-        return self.jobs[0].outputs
-
-
-def plan(config: IngestConfig) -> IngestPlan:
+def plan(config: IngestConfig) -> list[Job]:
     """Read the tables and find the simulations; for a container, `config.results_dir` is where its Volume is mounted.
 
     Raises:
@@ -61,7 +47,7 @@ def plan(config: IngestConfig) -> IngestPlan:
     parameters = read_parameters(Path(config.params))
     z, nz = read_nz(Path(config.nz)) if config.nz else (np.empty(0), np.empty((0, 0)))
     options = {
-        "made_from": config.kind,
+        "made_from": "lightcones" if config.lightcones else "kappa maps",
         "pixel_window": config.pixel_window,
         "seed": config.seed,
         "nz_sha256": hashlib.sha256(np.ascontiguousarray(nz, dtype="<f8").tobytes()).hexdigest(),
@@ -74,8 +60,7 @@ def plan(config: IngestConfig) -> IngestPlan:
         description = describe(config.geometry, {**options, "lmax": lmax, "noise_level": level})
         outputs.append(Output(lmax, level, str(folder), description))
     shared = (z, nz, tuple(outputs), f"{config.results_dir}/{DOWNLOADS}", config)
-    sources = find_sources(config, parameters)
-    return IngestPlan(config, [Job(sim_id, parameters[sim_id], source, *shared) for sim_id, source in sources.items()])
+    return [Job(sim, parameters[sim], source, *shared) for sim, source in find_sources(config, parameters).items()]
 
 
 def find_sources(config: IngestConfig, parameters: dict[int, np.ndarray]) -> dict[int, str]:
@@ -86,72 +71,63 @@ def find_sources(config: IngestConfig, parameters: dict[int, np.ndarray]) -> dic
     """
     wanted = config.sim_list
     if "://" in config.lightcones:
-        ids = wanted if wanted is not None else sorted(parameters)
-        found = {sim_id: f"{config.lightcones.rstrip('/')}/{ARCHIVE_NAME.format(sim_id)}" for sim_id in ids}
+        url = f"{config.lightcones.rstrip('/')}/{ARCHIVE_NAME}"
+        found = {sim_id: url.format(sim_id) for sim_id in wanted or sorted(parameters)}
     else:
         pattern = config.kappa_maps or f"{glob.escape(config.lightcones)}/*"
         found = {}
         for path in sorted(glob.glob(pattern)):  # noqa: PTH207  (Path.glob takes no absolute patterns)
             match = SIM_NAME.search(Path(path).name)
-            if match is None or (wanted is not None and int(match[1]) not in wanted):
+            if match is None or (wanted and int(match[1]) not in wanted):
                 continue
             if (other := found.setdefault(int(match[1]), path)) != path:
                 raise UserError(f"{path} and {other} are both simulation {match[1]}; remove one of them")
         if not found:
             raise UserError(f"no sim00001, sim00002.tar.gz or the like in {pattern}; give the folder of simulations")
-        for sim_id in sorted(set(wanted or ()) - set(found)):
+        for sim_id in sorted(set(wanted) - set(found)):
             warn(f"simulation {sim_id} is not in {pattern}")
     if unknown := [sim_id for sim_id in found if sim_id not in parameters]:
         raise UserError(f"--params {config.params} has no simulation {unknown[0]}; give the table of this suite")
     return found
 
 
-def run_ingest(plan: IngestPlan, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Make the missing tiles of every simulation, on this machine.
-
-    Returns:
-        as _summarise.
+def run_ingest(jobs: list[Job], on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Make the missing tiles of every simulation, on this machine; returns what `_finish` does.
 
     Raises:
         UserError: a folder holds other tiles or cannot be written; with --strict, a simulation cannot be used.
     """
     start = time.monotonic()
     with ExitStack() as held:
-        for output in plan.outputs:
+        for output in jobs[0].outputs:
             held.enter_context(exclusive(Path(output.folder)))
-        jobs = _unfinished(plan)
-        n_bins = len(plan.jobs[0].nz) or 4  # not known yet for --kappa-maps
+        missing = _unfinished(jobs)
+        n_bins = len(jobs[0].nz) or 4  # not known yet for --kappa-maps
         memory = (MAPS_PER_WORKER + n_bins) * MAP_BYTES
-        n_workers = min(plan.config.workers or max(1, min(usable_cores(), free_memory() // memory)), len(jobs))
-        if n_workers <= 1:
-            outcomes = _collect(map(ingest, jobs), plan.config.strict, len(jobs))
-        else:
-            with worker_pool(n_workers) as pool:
-                outcomes = _collect(in_order(pool, ingest, jobs, ahead=len(jobs)), plan.config.strict, len(jobs))
-        result = _summarise(plan, outcomes, start)
+        n_workers = min(jobs[0].config.workers or max(1, min(usable_cores(), free_memory() // memory)), len(missing))
+        outcomes: Iterator[Outcome] = map(ingest, missing)
+        if n_workers > 1:
+            outcomes = in_order(held.enter_context(worker_pool(n_workers)), ingest, missing, ahead=len(missing))
+        result = _finish(jobs, outcomes, len(missing), start)
     on_checkpoint()
     return result
 
 
 def ingest_side_by_side(
-    plan: IngestPlan, on_checkpoint: Callable[[], None], run_all: Callable[[str, list[Job]], Iterator[Any]]
+    jobs: list[Job], on_checkpoint: Callable[[], None], run_all: Callable[[str, list[Job]], Iterator[Any]]
 ) -> dict[str, Any]:
-    """As run_ingest, but led by one container, with another for every simulation.
+    """As run_ingest, but led by one container, with another for every simulation, which must be served under a URL.
 
-    No lock is held: its open file would keep the Volume from being reloaded.
-
-    Args:
-        plan: of simulations that are served under a URL.
-        on_checkpoint: commits the Volume.
-        run_all: calls a function for every job in a container of its own, and yields results or exceptions in any
-            order; it commits the Volume at its start and reloads it at its end.
+    No lock is held: its open file would keep the Volume from being reloaded. `run_all` calls a function for every job
+    in a container of its own, and yields results or exceptions in any order; it commits the Volume at its start and
+    reloads it at its end.
     """
     start = time.monotonic()
-    if "://" not in plan.config.lightcones:
+    if "://" not in jobs[0].config.lightcones:
         raise UserError("on Modal, give the URL that serves the simulations as --lightcones")
-    jobs = _unfinished(plan)
-    outcomes = run_all("data.ingest.suite.ingest_in_container", jobs)
-    result = _summarise(plan, _collect(outcomes, plan.config.strict, len(jobs)), start)
+    missing = _unfinished(jobs)
+    outcomes = run_all("data.ingest.suite.ingest_in_container", missing)
+    result = _finish(jobs, outcomes, len(missing), start)
     on_checkpoint()
     return result
 
@@ -163,59 +139,55 @@ def ingest_in_container(job: Job, on_checkpoint: Callable[[], None]) -> Outcome:
     return outcome
 
 
-def _unfinished(plan: IngestPlan) -> list[Job]:
+def _unfinished(jobs: list[Job]) -> list[Job]:
     """The jobs with a shard to write; creates the folders, and empties them with --restart.
 
     Raises:
         UserError: a folder holds other tiles, or cannot be written.
     """
-    restart = plan.config.restart
-    finished = set().union(*(finished_shards(Path(o.folder), o.description, restart) for o in plan.outputs))
-    return [job for job in plan.jobs if any(output.shard(job.sim_id) not in finished for output in job.outputs)]
+    restart = jobs[0].config.restart
+    finished = set().union(*(finished_shards(Path(o.folder), o.description, restart) for o in jobs[0].outputs))
+    return [job for job in jobs if any(output.shard(job.sim_id) not in finished for output in job.outputs)]
 
 
-def _collect(outcomes: Iterable[Outcome | Exception], strict: bool, n_jobs: int) -> list[Outcome]:
-    """All outcomes; every problem is printed when it arrives.
+def _finish(jobs: list[Job], outcomes: Iterable[Outcome | Exception], n_missing: int, start: float) -> dict[str, Any]:
+    """Wait for all outcomes, print every problem when it arrives, and write ingest.json and suite.png.
+
+    Returns:
+        folders, n_sims (that have all their shards), n_tiles (per folder), left_out (reason by sim_id), incomplete
+        (steps by sim_id), elapsed_s, commit.
 
     Raises:
         UserError: with --strict, at the first simulation that cannot be used.
         Exception: the one in an outcome's place.
     """
-    found = []
-    with Progress("ingesting", n_jobs, "simulations") as progress:
+    left_out, incomplete = {}, {}
+    with Progress("ingesting", n_missing, "simulations") as progress:
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
-            if outcome.problem and strict:
-                raise UserError(f"{outcome.problem} (simulation {outcome.sim_id}; without --strict it is left out)")
             if outcome.problem:
+                if jobs[0].config.strict:
+                    raise UserError(f"{outcome.problem} (simulation {outcome.sim_id}; without --strict it is left out)")
                 warn(f"simulation {outcome.sim_id} is left out: {outcome.problem}")
+                left_out[str(outcome.sim_id)] = outcome.problem
+            if outcome.incomplete:
+                incomplete[str(outcome.sim_id)] = list(outcome.incomplete)
             progress.advance()
-            found.append(outcome)
-    return found
-
-
-def _summarise(plan: IngestPlan, outcomes: list[Outcome], start: float) -> dict[str, Any]:
-    """Write ingest.json and suite.png beside the shards, once all jobs are done.
-
-    Returns:
-        folders, n_sims (that have all their shards), n_tiles (per folder), left_out (reason by sim_id), incomplete
-        (steps by sim_id), elapsed_s, commit.
-    """
-    folders = [Path(output.folder) for output in plan.outputs]
+    folders = [Path(output.folder) for output in jobs[0].outputs]
     n_sims = len(set.intersection(*({path.name for path in folder.glob("shard_*.parquet")} for folder in folders)))
     result = {
         "folders": [str(folder) for folder in folders],
         "n_sims": n_sims,
         "n_tiles": n_sims * TILES_PER_SIM,
-        "left_out": {str(o.sim_id): o.problem for o in outcomes if o.problem},
-        "incomplete": {str(o.sim_id): list(o.incomplete) for o in outcomes if o.incomplete},
+        "left_out": left_out,
+        "incomplete": incomplete,
         "elapsed_s": round(time.monotonic() - start, 1),
         "commit": COMMIT,
     }
-    fiducial = next((job.params for job in plan.jobs if job.sim_id == FIDUCIAL_SIM_ID), None)
-    for output, folder in zip(plan.outputs, folders, strict=True):
-        write_json(folder / SUMMARY_NAME, result)
-        if params := [job.params for job in plan.jobs if output.shard(job.sim_id).exists()]:
+    fiducial = next((job.params for job in jobs if job.sim_id == FIDUCIAL_SIM_ID), None)
+    for output, folder in zip(jobs[0].outputs, folders, strict=True):
+        write_json(folder / "ingest.json", result)
+        if params := [job.params for job in jobs if output.shard(job.sim_id).exists()]:
             finish_suite(folder, np.stack(params), fiducial)
     return result

@@ -19,16 +19,10 @@ class MockConfig(TileOptions, SeedOptions):
     """Build a mock tomographic lensing suite: shards of tiles with known cosmology."""
 
     n_sims: int = option(791, "number of simulations, including the fiducial one", above=0)
-    geometry: Geometry = option(
-        "disjoint",
-        "where the twelve tiles lie: disjoint patches, the overlapping ones of the published suite, or (flat) twelve "
-        "independent periodic squares, whose posterior is known exactly",
-    )
+    geometry: Geometry = option("disjoint", "disjoint patches, overlapping as published, or flat periodic squares")
     field: Field = option("lognormal", "statistics of the convergence field")
     vary: Vary = option("all", "parameters that vary; the others keep their fiducial values")
-    fresh: bool = option(
-        False, "new cosmologies and skies from the same prior, without the fiducial, in {results-dir}/fresh_tiles"
-    )
+    fresh: bool = option(False, "new simulations of the same prior, without the fiducial, in {results-dir}/fresh_tiles")
     workers: int = option(0, "worker processes (0: one per core); the tiles do not depend on it", at_least=0)
     fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "sim_id of the simulation with the fiducial cosmology", above=0)
 

@@ -27,14 +27,11 @@ TAIL = 3.5  # standard deviations at which normal parameters are cut, inside the
 
 
 def design(n_sims: int, seed: int, fiducial_sim_id: int | None, vary: Vary = "all") -> tuple[np.ndarray, np.ndarray]:
-    """Simulation ids and their cosmologies.
+    """Simulation ids, int64 (n_sims,), and their cosmologies, float64 (n_sims, 7) in the order of COSMO_NAMES.
 
     Ids count from 1; a fiducial id beyond n_sims takes the last place. With None, no simulation has the fiducial
     cosmology. A simulation's cosmology depends only on the seed and its id, so a small suite is part of a large one.
     Parameters that do not vary have the fiducial value.
-
-    Returns:
-        sim_id int64 (n_sims,), and cosmologies float64 (n_sims, 7) in the order of COSMO_NAMES.
     """
     sim_id = np.arange(1, n_sims + 1)
     if fiducial_sim_id is not None and fiducial_sim_id > n_sims:

@@ -9,13 +9,7 @@ from scipy.special import logsumexp
 from scipy.stats import qmc
 
 from common.progress import Progress
-from data.mock.cosmology import (
-    FIDUCIAL,
-    OMEGA_M_RANGE,
-    S8_EDGES,
-    prior_density,
-    prior_quantile,
-)
+from data.mock.cosmology import FIDUCIAL, OMEGA_M_RANGE, S8_EDGES, prior_density, prior_quantile
 from data.mock.flat import modes_of
 from data.mock.nz import N_BINS
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, cl_matrix, theory_cl_at
@@ -37,18 +31,12 @@ class WeightedPoints:
 
 @dataclass(frozen=True)
 class ExactPosterior:
-    """Moments of exact posteriors of (Omega_m, S8) for n tiles, in physical units.
+    """Moments of exact posteriors of (Omega_m, S8) for n tiles, in physical units."""
 
-    Attributes:
-        mu, cov: (n, 2), (n, 2, 2).
-        kl_gaussian: (n,) KL(exact || Gaussian of the same moments) [nats]; exact on a grid, else to leading order.
-        n_effective: (n,) effective number of points that carry the posterior.
-    """
-
-    mu: np.ndarray
-    cov: np.ndarray
-    kl_gaussian: np.ndarray
-    n_effective: np.ndarray
+    mu: np.ndarray  # (n, 2)
+    cov: np.ndarray  # (n, 2, 2)
+    kl_gaussian: np.ndarray  # (n,) KL(exact || Gaussian of these moments) [nats]; on a grid exact, else leading order
+    n_effective: np.ndarray  # (n,) effective number of points that carry the posterior
 
     @property
     def fom(self) -> np.ndarray:
@@ -84,17 +72,10 @@ def draws_from_prior(n_log2: int, seed: int) -> WeightedPoints:
 
 
 def log_likelihood(cosmo: np.ndarray, powers: np.ndarray, noise_level: str, lmax: int, nside: int) -> np.ndarray:
-    """ln p(tile | cosmology) up to a constant of the data, for all pairs of both.
+    """ln p(tile | cosmology) up to a constant of the data, (n_cosmo, n_tiles).
 
-    With m modes at an ell, D = C_ell + N_ell and P the mean of a a^dagger over them (`powers_of`), the complex
-    normal modes give -m (ln det D + tr(D^-1 P)).
-
-    Args:
-        cosmo: (n_cosmo, 7)
-        powers: (n_tiles, 10, n_ell)
-
-    Returns:
-        (n_cosmo, n_tiles)
+    With m modes at an ell, D = C_ell + N_ell and P the mean of a a^dagger over them, the complex normal modes give
+    -m (ln det D + tr(D^-1 P)). cosmo is (n_cosmo, 7); powers, from `powers_of`, are (n_tiles, 10, n_ell).
     """
     modes = modes_of(lmax, nside)
     noise = np.diag(noise_cl(noise_level, N_BINS))
@@ -144,7 +125,5 @@ def _edgeworth_negentropy(theta: np.ndarray, p: np.ndarray, mu: np.ndarray, cov:
     third = np.einsum("n,ni,nj,nk->ijk", p[heavy], y, y, y, optimize=True)
     fourth = np.einsum("n,ni,nj,nk,nl->ijkl", p[heavy], y, y, y, y, optimize=True)
     one = np.eye(2)
-    gaussian = sum(
-        np.einsum(f"{pair},{rest}->ijkl", one, one) for pair, rest in (("ij", "kl"), ("ik", "jl"), ("il", "jk"))
-    )
+    gaussian = sum(np.einsum(f"{pairs}->ijkl", one, one) for pairs in ("ij,kl", "ik,jl", "il,jk"))
     return float(np.square(third).sum() / 12 + np.square(fourth - gaussian).sum() / 48)

@@ -46,13 +46,7 @@ def gaussian_cl_of_lognormal(cl: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """Spectra of the Gaussian fields g whose lognormal fields lambda (exp(g - var/2) - 1) have spectra cl.
 
     xi_g = ln(1 + xi_ij / (lambda_i lambda_j)) at every angle (e.g. Hilbert et al. 2011, eq. 27), with
-    Legendre transforms on either side.
-
-    Args:
-        cl: (10, lmax + 1); shift: (4,).
-
-    Returns:
-        (10, lmax + 1)
+    Legendre transforms on either side. Spectra are (10, lmax + 1), shift is (4,).
     """
     lmax = cl.shape[-1] - 1
     weight, legendre = _legendre(lmax)
@@ -63,11 +57,7 @@ def gaussian_cl_of_lognormal(cl: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 
 def lognormal_alm(cl: np.ndarray, lmax: int, rng: np.random.Generator) -> np.ndarray:
-    """Coefficients up to lmax of correlated lognormal fields with spectra cl (10, band + 1), band >= lmax.
-
-    Returns:
-        alm (4, n_alm(lmax)).
-    """
+    """Coefficients (4, n_alm(lmax)) of correlated lognormal fields with spectra cl (10, band + 1), band >= lmax."""
     band = cl.shape[-1] - 1
     ell = np.arange(band + 1)
     shift = hilbert_shift()

@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 import scipy.fft
+from numpy.random import Generator
 
 from data.mock.fields import covariance_root
 from data.mock.nz import N_BINS
@@ -23,21 +24,13 @@ SIDE = np.sqrt(np.pi / 3)  # [rad]
 
 @dataclass(frozen=True)
 class Modes:
-    """Independent Fourier modes of a tile of N x N pixels, in the layout of rfft2.
+    """Independent Fourier modes of a tile of N x N pixels, in the layout of rfft2."""
 
-    Attributes:
-        inside: bool (N, N // 2 + 1), every mode that a tile has.
-        half: bool (N, N // 2 + 1), those of which no other is the complex conjugate.
-        group: int (n_modes,), for each mode of `half` the place of its ell in `ell`.
-        ell: (n_ell,) distinct multipoles, ascending; not integers.
-        count: (n_ell,) modes of each.
-    """
-
-    inside: np.ndarray
-    half: np.ndarray
-    group: np.ndarray
-    ell: np.ndarray
-    count: np.ndarray
+    inside: np.ndarray  # bool (N, N // 2 + 1), every mode that a tile has
+    half: np.ndarray  # bool (N, N // 2 + 1), those of which no other is the complex conjugate
+    group: np.ndarray  # int (n_modes,), for each mode of `half` the place of its ell in `ell`
+    ell: np.ndarray  # (n_ell,) distinct multipoles, ascending; not integers
+    count: np.ndarray  # (n_ell,) modes of each
 
 
 @cache
@@ -53,12 +46,8 @@ def modes_of(lmax: int, nside: int) -> Modes:
     return Modes(inside, half, group, 2 * np.pi / SIDE * np.sqrt(distinct), count)
 
 
-def _coloured(root: np.ndarray, modes: Modes, n_tiles: int, rng: np.random.Generator) -> np.ndarray:
-    """Coefficients L a_n of real fields with covariance root root^T: complex (n_tiles, 4, N, N // 2 + 1).
-
-    Args:
-        root: (n_ell, 4, 4)
-    """
+def _coloured(root: np.ndarray, modes: Modes, n_tiles: int, rng: Generator) -> np.ndarray:
+    """Coefficients L a_n, complex (n_tiles, 4, N, N // 2 + 1), of real fields; C_ell = root root^T (n_ell, 4, 4)."""
     nside = len(modes.half)
     white = rng.standard_normal((n_tiles, N_BINS, nside, nside))  # its transform has <|w_n|^2> = N^2
     a = scipy.fft.rfft2(white) / nside  # (n_tiles, 4, N, N // 2 + 1)
@@ -78,8 +67,8 @@ def flat_tiles(
     lmax: int,
     nside: int,
     n_tiles: int,
-    signal_rng: np.random.Generator,
-    noise_rng: np.random.Generator,
+    signal_rng: Generator,
+    noise_rng: Generator,
 ) -> np.ndarray:
     """Independent tiles of one cosmology (7,), signal and noise: float32 (n_tiles, 4, N, N)."""
     modes = modes_of(lmax, nside)
@@ -91,13 +80,9 @@ def flat_tiles(
 
 
 def powers_of(kappa: np.ndarray, lmax: int) -> np.ndarray:
-    """Sufficient statistics of flat tiles: the mean over the modes of each ell of L^2 Re(a_i a_j*).
+    """Sufficient statistics of flat tiles (n, 4, N, N): the mean over the modes of each ell of L^2 Re(a_i a_j*).
 
-    Args:
-        kappa: (n, 4, N, N)
-
-    Returns:
-        (n, 10, n_ell), pairs as in BIN_PAIRS; the expectation is C_ell + N_ell.
+    They are (n, 10, n_ell), pairs as in BIN_PAIRS; the expectation is C_ell + N_ell.
     """
     nside = kappa.shape[-1]
     modes = modes_of(lmax, nside)

@@ -13,14 +13,7 @@ N_BINS = len(NZ_MEAN)  # of the mock suite and its theory table; elsewhere the n
 
 
 def nz_of_bins(z: np.ndarray) -> np.ndarray:
-    """Normalised n(z) of every bin.
-
-    Args:
-        z: redshifts, shape (n_z,).
-
-    Returns:
-        n(z) per unit redshift, shape (4, n_z); each row integrates to one over z = 0..inf.
-    """
+    """n(z) of every bin at redshifts z (n_z,): (4, n_z) per unit redshift; each integrates to one over z = 0..inf."""
     mean, std = np.array(NZ_MEAN)[:, None], np.array(NZ_STD)[:, None]  # (4, 1)
     # A gamma distribution with shape k and scale t has mean k t and variance k t^2.
     shape, scale = (mean / std) ** 2, std**2 / mean

@@ -32,11 +32,9 @@ DESCRIBED = ("lmax", "nside", "noise_level", "n_sims", "field", "vary", "seed", 
 
 
 def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Write the shards of a suite; finished shards are kept.
+    """Write the shards of a suite that are not finished.
 
-    Args:
-        config: all options.
-        on_checkpoint: called whenever a shard is finished (Modal commits its Volume).
+    on_checkpoint is called after every shard (Modal commits its Volume).
 
     Returns:
         folder, n_sims, n_tiles, nside, elapsed_s.
@@ -57,12 +55,9 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
     description = describe(config.geometry, {name: getattr(config, name) for name in DESCRIBED})
     with exclusive(folder):
         finished = finished_shards(folder, description, config.restart)
-        missing = {
-            path: jobs[first : first + SIMS_PER_SHARD]
-            for k, first in enumerate(range(0, len(jobs), SIMS_PER_SHARD))
-            if (path := folder / f"shard_{k:04d}.parquet") not in finished
-        }
-        if missing:
+        batches = [jobs[first : first + SIMS_PER_SHARD] for first in range(0, len(jobs), SIMS_PER_SHARD)]
+        shards = {folder / f"shard_{k:04d}.parquet": batch for k, batch in enumerate(batches)}
+        if missing := {path: batch for path, batch in shards.items() if path not in finished}:
             _simulate_shards(missing, description, config.workers or usable_cores(), on_checkpoint)
         finish_suite(folder, params_of(cosmologies), params_of(FIDUCIAL_COSMO[None])[0])
         on_checkpoint()
@@ -79,7 +74,7 @@ def _simulate_shards(
     shards: dict[Path, list[Simulation]], description: str, n_workers: int, on_checkpoint: Callable[[], None]
 ) -> None:
     """Write one shard after another; a thread syncs and closes files while the workers simulate."""
-    jobs = [job for of_shard in shards.values() for job in of_shard]
+    jobs = [job for batch in shards.values() for job in batch]
     n_workers = min(n_workers, len(jobs))
     with (
         ThreadPoolExecutor(1) as disk,
@@ -88,10 +83,10 @@ def _simulate_shards(
     ):
         simulated = in_order(pool, simulate, jobs, ahead=2 * n_workers)
         syncing = closing = disk.submit(lambda: None)
-        for path, of_shard in shards.items():
+        for path, batch in shards.items():
             with ExitStack() as opened:
                 shard = opened.enter_context(open_shard(path, {METADATA_KEY: description}))
-                for job in of_shard:
+                for job in batch:
                     params = np.tile(params_of(job.cosmo[None]), (TILES_PER_SIM, 1))  # (12, 8)
                     shard.write(next(simulated), tile_keys(job.sim_id), params, job.noise_level)
                     progress.advance()

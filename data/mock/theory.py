@@ -31,14 +31,9 @@ def polynomial_exponents(n_params: int, degree: int) -> np.ndarray:
 
 
 def table_features(cosmo: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """Parameters in which ln C_ell is smooth, scaled to [-1, 1] over the table's box.
+    """Parameters (n, 7) in which ln C_ell is smooth, from cosmo (n, 7), scaled to [-1, 1] over the table's box.
 
-    Args:
-        cosmo: (n, 7) in the order of COSMO_NAMES.
-        lower, upper: (7,) the box in (ln Omega_m, ln S8, w, h, n_s, Omega_b h^2, m_nu).
-
-    Returns:
-        (n, 7)
+    The edges of the box, lower and upper (7,), are in (ln Omega_m, ln S8, w, h, n_s, Omega_b h^2, m_nu).
     """
     omega_m, s8, w, h, n_s, omega_b, m_nu = np.asarray(cosmo, dtype=np.float64).T
     x = np.stack([np.log(omega_m), np.log(s8), w, h, n_s, omega_b * h**2, m_nu], axis=1)
@@ -71,24 +66,16 @@ def theory_cl(cosmo: np.ndarray, lmax: int) -> np.ndarray:
 
 
 def theory_cl_at(cosmo: np.ndarray, ell: np.ndarray) -> np.ndarray:
-    """Non-linear convergence spectra C_ell^{ij} (Limber, halofit; Takahashi et al. 2012).
+    """Non-linear convergence spectra C_ell^{ij} (Limber, halofit; Takahashi et al. 2012), (n, 10, n_ell).
 
-    Args:
-        cosmo: (n, 7) parameters in the order of COSMO_NAMES.
-        ell: (n_ell,) multipoles >= 2, not necessarily integers.
-
-    Returns:
-        (n, 10, n_ell), dimensionless. Pairs as in BIN_PAIRS.
+    cosmo is (n, 7); ell (n_ell,) are multipoles >= 2, not necessarily integers. Dimensionless; pairs as in BIN_PAIRS.
 
     Raises:
         UserError: a cosmology outside the table's box, or an ell beyond the table.
     """
     table = _load_table()
     if ell.max(initial=0) > table["ell"][-1]:
-        raise UserError(
-            f"the theory table ends at ell = {table['ell'][-1]:.0f}, {ell.max():.0f} was asked for; "
-            "use a smaller --lmax"
-        )
+        raise UserError(f"the theory table ends at ell = {table['ell'][-1]:.0f}, below {ell.max():.0f}; lower --lmax")
     x = table_features(np.atleast_2d(cosmo), table["lower"], table["upper"])
     if (outside := np.abs(x).max(axis=1) > 1.0 + 1e-9).any():
         n = int(np.argmax(outside))

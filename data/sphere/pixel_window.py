@@ -12,8 +12,7 @@ from scipy.special import j0
 # tables of it, but downloads them on first use.)
 NSIDE = 16
 POINTS = 16  # per side of a pixel
-FACES = (0, 4)  # a polar and an equatorial base face; the others are rotations or reflections of these
-SHARE_OF_FACES = (8 / 12, 4 / 12)
+SHARE_OF_FACE = {0: 8 / 12, 4: 4 / 12}  # polar and equatorial; the other faces are rotations or reflections of these
 N_SEPARATIONS = 2000
 
 
@@ -23,7 +22,7 @@ def _separations() -> tuple[np.ndarray, np.ndarray]:
     base = ducc0.healpix.Healpix_Base(NSIDE * POINTS, "NEST")
     counts = np.zeros(N_SEPARATIONS)
     edges = np.linspace(0, 4 / NSIDE, N_SEPARATIONS + 1)  # most pixels are about 1 / nside wide, a few are longer
-    for face, share in zip(FACES, SHARE_OF_FACES, strict=True):
+    for face, share in SHARE_OF_FACE.items():
         # In NEST order the points of a pixel are consecutive.
         pixels = np.arange(NSIDE**2 * POINTS**2) + face * NSIDE**2 * POINTS**2
         points = base.pix2ang(pixels)  # (n, 2): colatitude, longitude

@@ -26,16 +26,10 @@ def _rings(nside: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def tiles_of_alm(alm: np.ndarray, lmax: int, nside: int, geometry: str) -> np.ndarray:
-    """Cut the twelve tiles of one simulation.
+    """Cut the twelve tiles, float32 (12, n_bins, N, N) with N = nside, from full skies alm (n_bins, n_alm) up to lmax.
 
-    Args:
-        alm: (n_bins, n_alm), the full sky in every bin, up to lmax.
-        nside: pixels per side of a tile.
-        geometry: a key of ORIENTATIONS.
-
-    Returns:
-        float32 (12, n_bins, N, N): orientation 0 with faces 4, 5, 6, 7, then orientation 1, then 2. Rows are the y and
-        columns the x of the HEALPix xyf scheme.
+    Orientation 0 with faces 4, 5, 6, 7, then orientation 1, then 2. Rows are the y and columns the x of the HEALPix xyf
+    scheme. `geometry` is a key of ORIENTATIONS.
     """
     ring, pixel = _rings(nside)
     tiles = []
