@@ -13,9 +13,8 @@ import numpy as np
 from common.errors import UserError
 from common.machine import usable_cores
 from common.progress import Progress
-from data.schema import nside_of
-from data.shard_labels import ShardLabels, joined, read_labels
-from data.shard_pixels import kappa_of_shard
+from data.schema import name_of_tile, nside_of
+from data.shard import ShardLabels, kappa_of_shard, read_labels
 from data.tiles import Tiles, digests_of, empty_digests, empty_kappa
 
 
@@ -41,30 +40,23 @@ class TileIndex:
 
 
 def shard_paths(folder: Path, lmax: int, noise_level: str) -> list[Path]:
-    """The shards of a folder, in the order of their names.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The shards of a folder, in the order of their names; UserError if there are none."""
     paths = sorted(folder.glob("shard_*.parquet"))
     if not paths:
-        raise UserError(
-            f"no shard_*.parquet in {folder}; make tiles with `python run_mock.py --lmax {lmax} "
-            f"--noise-level {noise_level}`, or give their folder as --tiles-dir"
-        )
+        cure = f"make tiles with `python run_mock.py --lmax {lmax} --noise-level {noise_level}`, or give their folder"
+        raise UserError(f"no shard_*.parquet in {folder}; {cure} as --tiles-dir")
     return paths
 
 
 def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Tiles:
     """Read every shard of a folder into one array, in the canonical order.
 
-    Shards are read a few tiles at a time straight into the array: the peak memory is the array and
-    some 100 MB for every core.
+    Shards are read a few tiles at a time straight into the array: the peak memory is the array and some 100 MB for
+    every core.
 
     Args:
         folder: holds shard_*.parquet.
-        lmax, nside: the tiles must be nside_of(lmax, nside) pixels wide.
-        noise_level: the tiles must be of this one.
+        lmax, noise_level, nside: that the tiles must have; they are nside_of(lmax, nside) pixels wide.
 
     Raises:
         UserError: anything about the shards that would make a result wrong, with file, row and cure.
@@ -76,20 +68,37 @@ def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Til
 
 
 def read_index(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> TileIndex:
-    """Read everything but the pixels.
-
-    Raises:
-        UserError: as read_tiles.
-    """
+    """Read and check everything but the pixels; arguments and errors as those of read_tiles."""
     shards = [read_labels(path, lmax, noise_level) for path in shard_paths(folder, lmax, noise_level)]
-    keys, params, order = joined(shards)
+    first = shards[0]
+    for shard in shards:
+        if shard.n_bins != first.n_bins:
+            found = f"{shard.path} has tiles of {shard.n_bins} bins, {first.path} of {first.n_bins}"
+            raise UserError(f"{found}; the folder mixes two suites, separate them")
+    keys, params = (np.concatenate([getattr(shard, name) for shard in shards]) for name in ("keys", "params"))
+    order = np.lexsort(keys.T[::-1])  # (n,)
+    _check_neighbours(keys, params, order, shards)
     positions = np.split(np.argsort(order), np.cumsum([len(shard.keys) for shard in shards])[:-1])
-    n_bins, nside = shards[0].n_bins, nside_of(lmax, nside)
-    return TileIndex(keys[order], params[order], lmax, noise_level, n_bins, nside, shards, positions)
+    nside = nside_of(lmax, nside)
+    return TileIndex(keys[order], params[order], lmax, noise_level, first.n_bins, nside, shards, positions)
+
+
+def _check_neighbours(keys: np.ndarray, params: np.ndarray, order: np.ndarray, shards: list[ShardLabels]) -> None:
+    """Raise UserError for a tile that is there twice, or two cosmologies of one simulation."""
+    place = [f"{shard.path}, row {row}" for shard in shards for row in range(len(shard.keys))]
+    one, other = order[:-1], order[1:]
+    if len(twice := np.flatnonzero((keys[one] == keys[other]).all(axis=1))):
+        a, b = one[twice[0]], other[twice[0]]
+        raise UserError(f"{place[b]}: {name_of_tile(keys[a])} is in {place[a]} already; remove one of the two shards")
+    clash = (keys[one, 0] == keys[other, 0]) & (params[one] != params[other]).any(axis=1)
+    if len(clashes := np.flatnonzero(clash)):
+        a, b = one[clashes[0]], other[clashes[0]]
+        found = f"{place[b]}: simulation {keys[a, 0]} has another cosmology than in {place[a]}"
+        raise UserError(f"{found}; the folder mixes two suites, separate them")
 
 
 def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None]) -> np.ndarray:
-    """Read the pixels of every shard, shards side by side, a few tiles at a time.
+    """Read the pixels of every shard, shards side by side, a few tiles at a time; errors as those of read_tiles.
 
     Args:
         index: of the folder.
@@ -97,9 +106,6 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
 
     Returns:
         the tiles' digests, in the canonical order.
-
-    Raises:
-        UserError: as read_tiles.
     """
     digests = empty_digests(len(index.keys))
     with Progress("reading tiles", len(index.keys), "tiles") as progress, ThreadPoolExecutor(usable_cores()) as pool:
@@ -120,10 +126,5 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
                 raise UserError(f"{shard.path} changed while it was read; wait until it is complete and start again")
             shard.check(digests[positions])
 
-        try:
-            for _ in pool.map(read, index.shards, index.positions):
-                pass  # the first error, in the order of the shards, is raised here
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        list(pool.map(read, index.shards, index.positions))  # raises the first error, and cancels what has not begun
     return digests

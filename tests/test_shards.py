@@ -177,7 +177,7 @@ REFUSALS: dict[str, tuple[Rewrite, list[str]]] = {
     "empty pixel": (lambda t: _set_pixel(3, None)(t), ["shard_0001.parquet, row 3", "empty, NaN"]),  # type: ignore[arg-type]
     "empty tile": (_set("kappa", 4, None), ["shard_0001.parquet, row 4", "kappa is empty"]),
     "empty label": (_set("w", 4, None), ["shard_0001.parquet, row 4", "w is empty"]),
-    "parameter NaN": (_set("w", 4, float("nan")), ["shard_0001.parquet, row 4", "w is not finite"]),
+    "parameter NaN": (_set("w", 4, float("nan")), ["shard_0001.parquet, row 4", "w is empty, NaN or infinite"]),
     "other noise": (_set("noise_level", 9, "lsst_y10"), ["shard_0001.parquet, row 9", "'lsst_y10'", "--noise-level"]),
     "duplicate key": (_set("tile_id", 1, 0), ["shard_0001.parquet, row 1", "shard_0001.parquet, row 0", "already"]),
     "two cosmologies": (_set("h", 13, 0.123), ["shard_0001.parquet, row", "simulation 3", "another cosmology"]),
