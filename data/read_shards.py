@@ -13,6 +13,7 @@ import numpy as np
 from common.errors import UserError
 from common.machine import usable_cores
 from common.progress import Progress
+from data.moments import Moments, empty_moments, moments_of
 from data.schema import name_of_tile, nside_of
 from data.shard import ShardLabels, kappa_of_shard, read_labels
 from data.tiles import Tiles, digests_of, empty_digests, empty_kappa
@@ -38,6 +39,10 @@ class TileIndex:
     shards: list[ShardLabels]
     positions: list[np.ndarray]
 
+    def tiles(self, kappa: np.ndarray, digests: np.ndarray) -> Tiles:
+        """The tiles, given their pixels and the digests of these."""
+        return Tiles(kappa, self.keys, self.params, self.lmax, self.noise_level, digests)
+
 
 def shard_paths(folder: Path, lmax: int, noise_level: str) -> list[Path]:
     """The shards of a folder, in the order of their names; UserError if there are none."""
@@ -51,9 +56,6 @@ def shard_paths(folder: Path, lmax: int, noise_level: str) -> list[Path]:
 def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Tiles:
     """Read every shard of a folder into one array, in the canonical order.
 
-    Shards are read a few tiles at a time straight into the array: the peak memory is the array and some 100 MB for
-    every core.
-
     Args:
         folder: holds shard_*.parquet.
         lmax, noise_level, nside: that the tiles must have; they are nside_of(lmax, nside) pixels wide.
@@ -61,10 +63,17 @@ def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Til
     Raises:
         UserError: anything about the shards that would make a result wrong, with file, row and cure.
     """
-    index = read_index(folder, lmax, noise_level, nside)
+    return read_into_memory(read_index(folder, lmax, noise_level, nside))[0]
+
+
+def read_into_memory(index: TileIndex) -> tuple[Tiles, Moments]:
+    """The tiles in one array, and their moments.
+
+    The peak memory is the array and some 100 MB for every core: a few tiles at a time are read straight into it.
+    """
     kappa = empty_kappa(len(index.keys), index.n_bins, index.nside)
-    digests = read_pixels(index, kappa.__setitem__)
-    return Tiles(kappa, index.keys, index.params, lmax, noise_level, digests)
+    digests, moments = read_pixels(index, kappa.__setitem__)
+    return index.tiles(kappa, digests), moments
 
 
 def read_index(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> TileIndex:
@@ -97,7 +106,7 @@ def _check_neighbours(keys: np.ndarray, params: np.ndarray, order: np.ndarray, s
         raise UserError(f"{found}; the folder mixes two suites, separate them")
 
 
-def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None]) -> np.ndarray:
+def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None]) -> tuple[np.ndarray, Moments]:
     """Read the pixels of every shard, shards side by side, a few tiles at a time; errors as those of read_tiles.
 
     Args:
@@ -105,9 +114,9 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
         put: called from several threads with positions (m,) in the canonical order and their kappa (m, bins, N, N).
 
     Returns:
-        the tiles' digests, in the canonical order.
+        the tiles' digests and moments, in the canonical order.
     """
-    digests = empty_digests(len(index.keys))
+    digests, moments = empty_digests(len(index.keys)), empty_moments(len(index.keys), index.n_bins)
     with Progress("reading tiles", len(index.keys), "tiles") as progress, ThreadPoolExecutor(usable_cores()) as pool:
         counting = threading.Lock()
 
@@ -119,6 +128,7 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
                 if len(some) < len(tiles):
                     break
                 digests[some] = digests_of(tiles)
+                moments.put(some, moments_of(tiles))
                 put(some, tiles)
                 with counting:
                     progress.advance(len(tiles))
@@ -127,4 +137,4 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
             shard.check(digests[positions])
 
         list(pool.map(read, index.shards, index.positions))  # raises the first error, and cancels what has not begun
-    return digests
+    return digests, moments

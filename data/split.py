@@ -26,11 +26,9 @@ class SplitManifest:
     """Which tile is in which split.
 
     Attributes:
-        split_by: "tile" or "sim", what was split.
-        seed: of the split.
+        split_by, seed: single tiles or whole simulations, shuffled by this seed.
         fiducial_sim_id: the simulation held out of all splits but "fiducial".
-        lmax, noise_level: of the tiles.
-        fingerprint: SHA-256 over keys, parameters and pixels of the whole data set.
+        lmax, noise_level, fingerprint: of the whole data set.
         splits: for each of SPLIT_NAMES the keys (n, 3) of its tiles, in the canonical order.
     """
 
@@ -44,7 +42,7 @@ class SplitManifest:
 
     def to_json(self) -> dict[str, Any]:
         """JSON content, with `sha256` over all the rest."""
-        content: dict[str, Any] = {
+        content = {
             "split_by": self.split_by,
             "seed": self.seed,
             "percent": PERCENT,
@@ -91,10 +89,8 @@ def split_keys(keys: np.ndarray, seed: int, split_by: SplitBy, fiducial_sim_id: 
         stop = len(shuffled) if name == "test" else start + len(shuffled) * percent // 100
         chosen = set(shuffled[start:stop])
         if not chosen:
-            raise UserError(
-                f"{len(shuffled)} {split_by}s without the fiducial simulation are too few for a {percent} % {name} "
-                "split; add simulations (run_mock.py --n-sims)"
-            )
+            found = f"{len(shuffled)} {split_by}s beside the fiducial simulation are too few"
+            raise UserError(f"{found} for a {percent} % {name} split; add simulations (run_mock.py --n-sims)")
         splits[name] = rest[[unit in chosen for unit in units]]
         start = stop
     return {**splits, "fiducial": keys[keys[:, 0] == fiducial_sim_id]}
@@ -112,11 +108,7 @@ def write_manifest(folder: Path, manifest: SplitManifest) -> None:
 
 
 def read_manifest(folder: Path) -> SplitManifest:
-    """Read split_manifest.json.
-
-    Raises:
-        UserError: missing, not JSON, or changed since it was written.
-    """
+    """Read split_manifest.json; UserError if it is missing, not JSON, or changed since it was written."""
     path = folder / MANIFEST_NAME
     content = read_sealed(path, "stage 1")
     try:
@@ -128,18 +120,10 @@ def read_manifest(folder: Path) -> SplitManifest:
 
 
 def split_indices(manifest: SplitManifest, tiles: Tiles, folder: Path) -> dict[str, np.ndarray]:
-    """Positions in `tiles` of every split's tiles.
-
-    Raises:
-        UserError: the manifest was made for another data set.
-    """
+    """Positions in `tiles` of every split's tiles; UserError if the manifest was made for another data set."""
     if (found := fingerprint_of(tiles)) != manifest.fingerprint:
-        raise UserError(
-            f"the tiles in {folder} are not those that stage 1 was trained on (fingerprint {found[:12]}, in the "
-            f"manifest {manifest.fingerprint[:12]}); give the same tiles as --tiles-dir, or run stage 1 on these"
-        )
-    position = {tuple(key): i for i, key in enumerate(tiles.keys.tolist())}
-    return {
-        name: np.array([position[tuple(key)] for key in keys.tolist()], dtype=np.int64)
-        for name, keys in manifest.splits.items()
-    }
+        prints = f"fingerprint {found[:12]}, in the manifest {manifest.fingerprint[:12]}"
+        problem = f"the tiles in {folder} are not those that stage 1 was trained on ({prints})"
+        raise UserError(f"{problem}; give the same tiles as --tiles-dir, or run stage 1 on these")
+    row = {tuple(key): i for i, key in enumerate(tiles.keys.tolist())}
+    return {name: np.array([row[tuple(k)] for k in keys.tolist()], int) for name, keys in manifest.splits.items()}
