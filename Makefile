@@ -8,8 +8,7 @@ DEMO := --results-dir results/demo
 
 demo: .venv/installed
 	$(BIN)/python run_mock.py $(DEMO) --lmax 200 --noise-level des_y3 --n-sims 300
-	$(BIN)/python run_compressor.py $(DEMO) --lmax 200 --noise-level des_y3 --backbone tiny --tag demo --restart \
-		--max-epochs 25 --warmup-steps 100 --decay-epochs 2
+	$(BIN)/python run_compressor.py $(DEMO) --lmax 200 --noise-level des_y3 --recipe laptop --tag demo --restart
 	$(BIN)/python run_npe.py --ckpt results/demo/field_compressor_runs/demo/best.ckpt --restart
 
 test: .venv/installed-dev lint

@@ -1,7 +1,7 @@
 """All timings in one table: `make bench` (50 simulations) or `make bench-full` (791).
 
-Runs train_step, npe_epoch, reading, streaming and mock_suite one after the other, nothing else beside them; prints
-one table and writes bench.json with hardware and versions.
+Runs train_step, npe_epoch, reading, streaming and mock_suite one after the other, prints one table, and writes
+bench.json with hardware and versions. Nothing else should run at the same time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Disk, memory and time for each lmax: `python benchmarks/cost_per_lmax.py` (some minutes on two cores).
 
-Prints the table of the README. Costs grow in proportion to simulations and tiles, so it measures a few and scales:
-the mock suite with all cores, a training step (forward and backward, resident random tiles, float32,
-channels_last) per tile. Header of the table: processor, cores, versions.
+Prints the table of docs/hardware.md, headed by processor, cores and versions. Costs are proportional to the numbers of
+simulations and tiles, so it measures a few and scales: the mock suite on all cores, and a training step (forward and
+backward, random tiles in memory, float32, channels_last) per tile.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from common.device import pick_device
 from common.versions import versions
 from compress.model import FieldLevelCompressor
 from data.mock.nz import N_BINS
-from data.schema import LMAX_TO_NSIDE, TILES_PER_SIM
+from data.schema import FOM_PARAMS, LMAX_TO_NSIDE, TILES_PER_SIM
 
 N_SUITE = 791
 BATCH = {128: 64, 256: 16, 512: 4}
 
 
 def mock_cost(lmax: int) -> tuple[float, float]:
-    """Seconds per simulation (all cores, start-up taken off), bytes per tile."""
+    """Seconds per simulation on all cores, without the start, and bytes per tile."""
     n_more = max(4, 100 * 200**2 // lmax**2)
     seconds = []
     with tempfile.TemporaryDirectory() as results:
@@ -45,9 +45,9 @@ def mock_cost(lmax: int) -> tuple[float, float]:
 
 
 def step_cost(backbone: str, nside: int) -> float:
-    """Milliseconds per tile, forward and backward, best of five batches."""
+    """Milliseconds per tile, forward and backward, the best of five batches."""
     torch.manual_seed(0)
-    model = FieldLevelCompressor(backbone)  # type: ignore[arg-type]
+    model = FieldLevelCompressor(backbone, N_BINS, len(FOM_PARAMS))  # type: ignore[arg-type]
     kappa = torch.randn(BATCH[nside], N_BINS, nside, nside).to(memory_format=torch.channels_last)
     times = []
     for _ in range(6):
@@ -59,7 +59,7 @@ def step_cost(backbone: str, nside: int) -> float:
 
 def main() -> None:
     """Measure and print."""
-    pick_device("cpu")  # sets the allocator as the commands do
+    pick_device("cpu")  # sets up the allocator as the commands do
     print(f"{processor()}, {os.cpu_count()} cores, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     columns = ["lmax", "N", "disk", "tiles in memory", "mock suite", "tiny, ms/tile", "b0, ms/tile"]
     print("| " + " | ".join(columns) + " |")

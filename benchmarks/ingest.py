@@ -1,7 +1,8 @@
 """One lightcone at the real size through run_ingest.py: `python benchmarks/ingest.py` (4 GB of disk, some minutes).
 
-Shells of Poisson counts at nside 2048, 5 and 10 of them: the difference is what a shell takes, so that 100 can be told.
-As a folder and as a tar.gz, to five lmax and three noise levels at once; time and peak memory of the command.
+Five and ten shells of Poisson counts at nside 2048. The difference is the time of a shell, which gives that of 100
+shells. From a folder and from a tar.gz, to five lmax and three noise levels at once: time and peak memory of the
+command.
 """
 
 from __future__ import annotations
@@ -25,19 +26,17 @@ from benchmarks.measure import header
 from common.artifacts import write_json
 from common.device import pick_device
 from data.ingest.born import Shells, comoving_distance
-from data.mock.cosmology import FIDUCIAL, params_of
-from data.mock.theory import COSMO_NAMES
+from data.mock.cosmology import FIDUCIAL_COSMO, params_of
 
 NSIDE, N_SHELLS, N_REAL_SHELLS, Z_END = 2048, (5, 10), 100, 3.2
 OPTIONS = ["--lmax", "200,400,600,800,1000", "--noise-level", "noiseless,des_y3,lsst_y10", "--workers", "1"]
-COSMO = np.array([FIDUCIAL[name] for name in COSMO_NAMES])
 
 
 def write_simulation(folder: Path, n_shells: int) -> None:
-    """So many shells of equal thickness, with as many particles in each as 100 would have."""
+    """Shells of equal thickness, each with as many particles as one of 100 shells would have."""
     folder.mkdir(parents=True)
     z = np.linspace(0, Z_END, 1001)
-    chi_of_z = comoving_distance(z, params_of(COSMO[None])[0])
+    chi_of_z = comoving_distance(z, params_of(FIDUCIAL_COSMO[None])[0])
     chi = np.linspace(0, chi_of_z[-1], n_shells + 1)
     edges = CubicSpline(chi_of_z, z)(chi)
     shells = Shells(np.arange(n_shells, 0, -1), edges[:-1], edges[1:], chi[:-1], chi[1:])
@@ -49,7 +48,7 @@ def write_simulation(folder: Path, n_shells: int) -> None:
 
 
 def measured(home: Path, source: Path) -> tuple[float, float]:
-    """Seconds of the command, and its peak memory in GB."""
+    """Seconds that the command takes, and its peak memory in GB."""
     given = {
         "lightcones": source,
         "params": home / "params.csv",
@@ -81,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     home = options.results_dir / "lightcone"
     home.mkdir(parents=True, exist_ok=True)
-    write_parameters(home / "params.csv", np.array([FIDUCIAL_SIM_ID]), COSMO[None])
+    write_parameters(home / "params.csv", np.array([FIDUCIAL_SIM_ID]), FIDUCIAL_COSMO[None])
     write_nz(home / "nz.txt")
     found: dict[str, dict[str, float]] = {}
     for kind in ("folder", "tar.gz"):
@@ -103,7 +102,7 @@ def main() -> None:
         of_100 = seconds[many] + per_shell * (N_REAL_SHELLS - many)
         found[kind] = {"s_with_10": seconds[many], "s_per_shell": per_shell, "s_with_100": of_100, "peak_gb": memory}
         print(
-            f"{kind}: {seconds[many]:.0f} s with {many} shells, {per_shell:.2f} s a shell, so {of_100:.0f} s with "
+            f"{kind}: {seconds[many]:.0f} s with {many} shells, {per_shell:.2f} s per shell, so {of_100:.0f} s with "
             f"{N_REAL_SHELLS}; peak memory {memory:.2f} GB",
             flush=True,
         )

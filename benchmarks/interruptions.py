@@ -1,9 +1,10 @@
-"""Stop the mock suite a hundred times at random instants: `python benchmarks/interruptions.py`.
+"""Stop the mock suite a hundred times at random moments: `python benchmarks/interruptions.py`.
 
-Large tiles (lmax 600), eight workers, three shards of four simulations. In turn SIGINT to the whole group, as Ctrl-C
-sends it, SIGTERM and SIGKILL to the command, and a disk that is full after a random number of bytes. Measured is the
-time from the signal, or from the write that failed, until the command and all its workers are gone. Every command goes
-on where the one before was stopped; whenever the suite is finished, its shards must be those of one never stopped.
+Large tiles (lmax 600), eight workers, three shards of four simulations. In turn: SIGINT to the whole process group, as
+Ctrl-C sends it, SIGTERM to the command, SIGKILL to the command, and a disk that is full after a random number of bytes.
+It measures the time from the signal, or from the write that failed, until the command and all its workers have ended.
+Every command resumes where the previous one was stopped. Whenever the suite is finished, its shards must be those of a
+suite that was never stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ COMMAND = "--lmax 600 --noise-level des_y3 --n-sims 12 --workers 8"
 SHARD_BYTES = 4 * 12 * 4 * 256 * 256 * 4
 LIMIT_S = 2.0
 KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, "full disk")
-# Writes in the child process: when a write failed, as a line that the parent finds.
+# The command with small shards, which prints when a write fails.
 CHILD = """
 import sys, time
 import run_mock
@@ -61,11 +62,16 @@ if __name__ == "__main__":
 """
 
 
+def name_of(kind: signal.Signals | str) -> str:
+    """SIGINT, SIGTERM, SIGKILL or full disk."""
+    return kind.name if isinstance(kind, signal.Signals) else kind
+
+
 def start(folder: Path, log: Path, bytes_per_file: int = resource.RLIM_INFINITY) -> subprocess.Popen[bytes]:
-    """The command, in a session of its own."""
+    """Start the command in its own session."""
 
     def limit() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has what it starts in the background ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell makes background commands ignore it
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, resource.RLIM_INFINITY))
 
     script = folder / "run_watched.py"
@@ -73,18 +79,22 @@ def start(folder: Path, log: Path, bytes_per_file: int = resource.RLIM_INFINITY)
     words = [sys.executable, str(script), *COMMAND.split(), "--tiles-dir", str(folder / "tiles")]
     with open(log, "wb") as err:
         return subprocess.Popen(
-            words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=err, stderr=err, start_new_session=True,
+            words,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=err,
+            stderr=err,
+            start_new_session=True,
             preexec_fn=limit,
-        )  # fmt: skip
+        )
 
 
 def hashes(folder: Path) -> list[str]:
-    """Of the shards, in the order of their names."""
+    """SHA-256 of the shards, in the order of their names."""
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("tiles/shard_*.parquet"))]
 
 
 def stop(kind: signal.Signals | str, folder: Path, log: Path, delay: float, rng: np.random.Generator) -> float | None:
-    """Start the command and stop it; seconds until all is gone, None if it had finished before."""
+    """Start the command and stop it; seconds until all processes have ended, None if it had finished before."""
     limit = int(rng.uniform(1e5, SHARD_BYTES)) if kind == "full disk" else resource.RLIM_INFINITY
     command = start(folder, log, limit)
     process = psutil.Process(command.pid)
@@ -115,14 +125,14 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def main() -> None:
-    """Stop, go on, compare, print."""
+    """Stop, resume, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results-dir", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
-    took: dict[str, list[float]] = {str(kind): [] for kind in KINDS}
+    took: dict[str, list[float]] = {name_of(kind): [] for kind in KINDS}
     finished = 0
     with tempfile.TemporaryDirectory() as name:
         folder, log = Path(name), Path(name) / "log"
@@ -135,25 +145,25 @@ def main() -> None:
                 kind = KINDS[n % len(KINDS)]
                 seconds = stop(kind, folder, log, rng.uniform(0.2, duration), rng)
                 if seconds is not None:
-                    took[str(kind)].append(seconds)
+                    took[name_of(kind)].append(seconds)
                     progress.advance(1, f"slowest {max(map(max, filter(None, took.values()))):.2f} s")
                 else:
-                    assert hashes(folder) == wanted, "other bits than without a stop"
+                    assert hashes(folder) == wanted, "the shards differ from those of an uninterrupted suite"
                     finished += 1
                     shutil.rmtree(folder / "tiles")
         assert start(folder, log).wait() == 0, log.read_text()
-        assert hashes(folder) == wanted, "other bits than without a stop"
+        assert hashes(folder) == wanted, "the shards differ from those of an uninterrupted suite"
         left = [path.name for path in (folder / "tiles").rglob("*.tmp")]
         assert not left, left
     slowest = {kind: max(seconds) for kind, seconds in took.items()}
     options.results_dir.mkdir(parents=True, exist_ok=True)
     content = {"limit_s": LIMIT_S, "uninterrupted_s": duration, "finished_and_equal": finished + 1, "seconds": took}
     write_json(options.results_dir / "interruptions.json", header(pick_device("cpu")) | content)
-    print(f"{options.times} stops of {duration:.0f} s; {finished + 1} suites finished, all of the same bits")
-    for kind, seconds in took.items():
-        print(f"{kind:16} {len(seconds):3d} times, median {np.median(seconds):.2f} s, slowest {slowest[kind]:.2f} s")
+    print(f"{options.times} stops of {duration:.0f} s; {finished + 1} suites finished, all the same to the bit")
+    for name, all_s in took.items():
+        print(f"{name:9} {len(all_s):3d} times, median {np.median(all_s):.2f} s, slowest {slowest[name]:.2f} s")
     if max(slowest.values()) > LIMIT_S:
-        sys.exit(f"slower than {LIMIT_S} s")
+        sys.exit(f"a stop took longer than {LIMIT_S} s")
 
 
 if __name__ == "__main__":

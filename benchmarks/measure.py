@@ -1,4 +1,4 @@
-"""Timing as ratios within one run: things to compare take turns, so that what else the machine does hits them alike."""
+"""Timing as ratios within one run: what is compared takes turns, so that other load affects everything equally."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from common.device import describe_device
 from common.progress import Progress
 from common.versions import versions
 
-ROUNDS = 5  # that count; one before them warms up
+ROUNDS = 5  # after one that warms up and does not count
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what takes how long, round by round.
+    """One line of the table; ours, limit and usual have one value for each round.
 
     Attributes:
-        what: that is measured, with its size.
-        unit: of the three that follow.
-        ours: of this project.
-        limit: of the arithmetic, or the copying, that cannot be avoided; empty if there is none to compare with.
-        usual: of the usual way; empty if there is none to compare with.
-        target: what is aimed at, in words.
+        what: what is measured, with its size.
+        unit: of the three values that follow.
+        ours: this project.
+        limit: the arithmetic, or the copying, that cannot be avoided; empty if there is none to compare with.
+        usual: the usual way; empty if there is none to compare with.
+        target: the aim, in words.
     """
 
     what: str
@@ -43,11 +43,15 @@ class Row:
 
 
 def in_turns(ways: dict[str, Callable[[], float]], what: str, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Call every way once a round, in an order that alternates; the first round does not count.
+    """Call every way once a round, in alternating order; the first round does not count.
 
     Args:
         ways: functions that return what they measured.
         what: shown beside the progress.
+        rounds: rounds that count.
+
+    Returns:
+        what each way has measured, round by round.
     """
     found: dict[str, list[float]] = {name: [] for name in ways}
     with Progress(what, (rounds + 1) * len(ways), "runs") as progress:
@@ -61,7 +65,7 @@ def in_turns(ways: dict[str, Callable[[], float]], what: str, rounds: int = ROUN
 
 
 def seconds(function: Callable[[], Any], device: torch.device | None = None) -> float:
-    """How long a call takes, until the device has done all of it."""
+    """How long a call takes, until the device has finished it."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -72,7 +76,7 @@ def seconds(function: Callable[[], Any], device: torch.device | None = None) -> 
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Round by round."""
+    """Ratios, round by round."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
@@ -85,7 +89,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: medians over the rounds, ratios with their range."""
+    """A Markdown table: medians over the rounds, ratios with their range."""
     lines = [
         "| what | unit | ours | limit | usual way | ours / limit | usual / ours | target |",
         "|---|---|---|---|---|---|---|---|",

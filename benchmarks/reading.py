@@ -1,11 +1,10 @@
 """Reading tiles, against the Hugging Face library, pyarrow and a plain .npy: `python benchmarks/reading.py`.
 
 Shards in the published layout (nested lists of doubles, SNAPPY, row groups of 190, 50 simulations a shard). Every way
-runs in a process of its own and gives a float32 array (n, 4, 128, 128), or in our case the tiles ready to train with.
-Each finds its files in the system's memory and has touched as much memory as the array takes, so disks and virtual
-machines do the same to all. Peak memory is what the process takes beyond its libraries; pages of a mapped file, which
-the system takes back when it needs them, count as well (Linux). `--n-sims 791` is the published size. Header of the
-output: hardware and versions.
+runs in its own process and gives a float32 array (n, 4, 128, 128), or tiles that are ready to train with. Before it
+starts, its files have been read into the system's memory, and the process has used as much memory as the array takes,
+so that disks and virtual machines affect all ways equally. Peak memory is what the process takes beyond its libraries,
+including the pages of mapped files, which the system can take back (Linux). `--n-sims 791` is the published size.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ import torch
 
 from benchmarks.measure import ROUNDS, Row, in_turns, report
 from data.mock.nz import N_BINS
-from data.schema import KEY_NAMES, PARAM_NAMES, TILES_PER_SIM
+from data.schema import KEY_NAMES, PARAM_NAMES, SIMS_PER_SHARD, TILES_PER_SIM, s8_of, tile_keys
 
 NSIDE, LMAX, LEVEL = 128, 200, "des_y3"
-SIMS_PER_SHARD, ROWS_PER_GROUP = 50, 190
+ROWS_PER_GROUP = 190
 PRELUDE = """
 import sys, time
 from pathlib import Path
@@ -38,7 +37,7 @@ def of(name): return next(int(l.split()[1]) for l in open("/proc/self/status") i
 def now(): open("/proc/self/clear_refs", "w").write("5"); return of("VmRSS")  # and the peak starts from here
 folder = Path({folder!r})
 import numpy as np
-np.ones(({n}, 4, 128, 128), np.float32)  # a virtual machine's host gives memory when it is first touched
+np.ones(({n}, 4, 128, 128), np.float32)  # a virtual machine gets memory from its host at the first use
 """
 WAYS = {
     "datasets": """
@@ -86,10 +85,11 @@ import torch
 from data.cache import read_tiles_through_cache
 from data.dataset import whole_dataset
 from data.norm_stats import NormStats
+from data.schema import FOM_PARAMS
 stats = NormStats((0.0,) * 4, (0.01,) * 4, (0.3, 0.8), (0.1, 0.1))
 before, start = now(), time.perf_counter()
-tiles, _ = read_tiles_through_cache(folder, 200, "des_y3")
-kappa = whole_dataset(tiles, ("Omega_m", "S8"), stats, torch.device("cpu")).source
+tiles = read_tiles_through_cache(folder, 200, "des_y3")[0]
+kappa = whole_dataset(tiles, FOM_PARAMS, stats, torch.device("cpu"), tiles_on="device").source
 """,
 }
 FROM_CACHE = ("ours, later start", "ours, ready to train")
@@ -116,27 +116,38 @@ def write_published_layout(folder: Path, n_sims: int) -> None:
         for size in kappa.shape[:0:-1]:
             lists //= size
             column = pa.ListArray.from_arrays(pa.array(np.arange(lists + 1, dtype=np.int32) * size), column)
-        tile = np.tile(np.arange(TILES_PER_SIM), len(sims))
-        labels = [np.repeat(sims + 1, TILES_PER_SIM), tile // 4, tile % 4]
-        params = np.repeat(
-            np.random.default_rng(sims).uniform(0.3, 0.9, (len(sims), len(PARAM_NAMES))), TILES_PER_SIM, 0
-        )
-        params[:, PARAM_NAMES.index("S8")] = params[:, PARAM_NAMES.index("sigma_8")] * np.sqrt(
-            params[:, PARAM_NAMES.index("Omega_m")] / 0.3
-        )
-        columns = {"kappa": column} | dict(zip(KEY_NAMES, labels, strict=True)) | {"noise_level": [LEVEL] * n}
+        keys = np.concatenate([tile_keys(int(sim) + 1) for sim in sims])  # (n, 3)
+        params = np.random.default_rng(sims).uniform(0.3, 0.9, (len(sims), len(PARAM_NAMES)))
+        params = np.repeat(params, TILES_PER_SIM, axis=0)  # (n, 8)
+        columns = {"kappa": column} | dict(zip(KEY_NAMES, keys.T, strict=True)) | {"noise_level": [LEVEL] * n}
         columns |= dict(zip(PARAM_NAMES, params.T, strict=True))
+        columns["S8"] = s8_of(columns["sigma_8"], columns["Omega_m"])
         path = folder / f"shard_{number:04d}.parquet"
         pq.write_table(pa.table(columns), path, compression="snappy", row_group_size=ROWS_PER_GROUP)
 
 
 def read_once(path: Path) -> None:
-    """Bring a file, or the files of a folder, into the system's memory."""
+    """Read a file, or the files of a folder, into the system's memory."""
     for file in [path] if path.is_file() else path.glob("*"):
         if file.is_file():
             with open(file, "rb") as stream:
                 while stream.read(1 << 24):
                     pass
+
+
+def table_rows(found: dict[str, list[float]], memory: dict[str, list[float]], n: int) -> list[Row]:
+    """The table, from seconds and GB of each way, round by round, for n tiles."""
+    size = n * N_BINS * NSIDE**2 * 4 / 1e9
+    what = f"published layout to array, {n} tiles of {NSIDE} x {NSIDE}, {size:.2f} GB as float32"
+    array, peak = found["ours, array"], memory["ours, array"]
+    return [
+        Row(what, "s", array, (), found["datasets"], "usual / ours >= 5"),
+        Row("... against pyarrow, one thread", "s", array, (), found["pyarrow"]),
+        Row("... peak memory, against the array", "GB", peak, [size] * len(peak), memory["datasets"], "<= 1.15"),
+        Row("first start: read, check, write the cache", "s", found["ours, first start"], (), found["datasets"]),
+        Row("later start, against np.load", "s", found["ours, later start"], found["npy"], (), "<= 1.5"),
+        Row("... normalised, ready to train", "s", found["ours, ready to train"], found["npy"], (), "<= 1.5"),
+    ]
 
 
 def main() -> None:
@@ -157,7 +168,7 @@ def main() -> None:
     sums = set()
 
     def run(name: str) -> float:
-        shutil.rmtree(scratch / "parquet", ignore_errors=True)  # what datasets keeps
+        shutil.rmtree(scratch / "parquet", ignore_errors=True)  # the cache of datasets
         if name == "ours, first start":
             shutil.rmtree(folder / "cache", ignore_errors=True)
         read_once(scratch / "kappa.npy" if name == "npy" else folder / "cache" if name in FROM_CACHE else folder)
@@ -165,29 +176,16 @@ def main() -> None:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
         elapsed, took, total = json.loads(done.stdout.splitlines()[-1])
         memory[name].append(took)
-        if name != "ours, ready to train":  # normalised
+        if name != "ours, ready to train":  # which is normalised
             sums.add(round(total, 2))
         return float(elapsed)
 
     names = [name for name in WAYS if name != "datasets" or not options.without_datasets]
     found = in_turns({name: lambda name=name: run(name) for name in names}, "reading", options.rounds)  # type: ignore[misc]
     found.setdefault("datasets", [])
-    assert len(sums) == 1, f"the ways gave different pixels: {sums}"
+    assert len(sums) == 1, f"the pixels differ: {sums}"
     memory = {name: values[1:] for name, values in memory.items()}
-    size = n * N_BINS * NSIDE**2 * 4 / 1e9
-    what = f"{n} tiles of {NSIDE} x {NSIDE}, {size:.2f} GB as float32"
-    array = [size] * options.rounds
-    rows = [
-        Row(
-            f"published layout to array, {what}", "s", found["ours, array"], (), found["datasets"], "usual / ours >= 5"
-        ),
-        Row("... against pyarrow, one thread", "s", found["ours, array"], (), found["pyarrow"]),
-        Row("... peak memory, against the array", "GB", memory["ours, array"], array, memory["datasets"], "<= 1.15"),
-        Row("first start: read, check, write the cache", "s", found["ours, first start"], (), found["datasets"]),
-        Row("later start, against np.load", "s", found["ours, later start"], found["npy"], (), "<= 1.5"),
-        Row("... normalised, ready to train", "s", found["ours, ready to train"], found["npy"], (), "<= 1.5"),
-    ]
-    report(rows, torch.device("cpu"), options.results_dir / "reading.json")
+    report(table_rows(found, memory, n), torch.device("cpu"), options.results_dir / "reading.json")
     shutil.rmtree(scratch)
 
 

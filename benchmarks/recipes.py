@@ -1,9 +1,9 @@
-"""Fewer passes for the same loss: `python benchmarks/recipes.py` (a quarter of an hour on two cores for tiny).
+"""Fewer passes for the same loss: `python benchmarks/recipes.py` (half an hour on two cores for tiny).
 
-Stage 1 on the 791-simulation lognormal suite at lmax 100, the long recipe and shorter ones over several seeds, judged
-on 500 fresh simulations from the same prior (data that no run and no early stopping has seen). Prints the mean squared
-error on those tiles, the ratio to the long recipe with the same seed, and the epochs of each. The suites are those of
-benchmarks/leakage.py; a finished run is not repeated.
+Stage 1 on the lognormal suite of 791 simulations at lmax 100, with the long recipe and others, over several seeds. They
+are evaluated on 500 fresh simulations from the same prior, which no run and no early stopping has seen. Prints the mean
+squared error on those tiles, its ratio to that of the long recipe with the same seed, and the number of epochs. The
+suites are those of benchmarks/leakage.py. A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -18,39 +18,41 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from benchmarks.leakage import N_FRESH, N_SIMS, NOISE_LEVEL, home_of, mean_and_error, run
-from common.artifacts import COMPRESSOR_RUNS, read_json, tiles_folder, write_json
+from benchmarks.leakage import BATCH_SIZE, N_FRESH, N_SIMS, NOISE_LEVEL, home_of, mean_and_error, run
+from common.artifacts import COMPRESSOR_RUNS, tiles_folder, write_json
 from common.device import describe_device, pick_device
+from common.results import read_result
 from common.versions import versions
-from compress.model import load_compressor
-from compress.train import predict
+from compress.evaluate import predict
+from compress.model import CHECKPOINT_NAME, load_compressor
+from compress.result import RESULT_NAME, CompressorResult
 from data.cache import read_tiles_through_cache
 from data.dataset import whole_dataset
 from data.norm_stats import read_norm_stats
-from data.schema import FOM_PARAMS
 from data.tiles import Tiles
 
 LMAX = 100
-AVERAGED = "--ema-decay 0.99 --norm-tiles 1024"
-RECIPES = {  # the first is what the others are compared with
-    "long": "--max-epochs 40 --warmup-steps 200 --decay-epochs 2 --decay-factor 0.8",
-    "half": f"--max-epochs 20 --warmup-steps 100 --decay-epochs 5 --decay-factor 0.6 {AVERAGED}",
-    "third": f"--max-epochs 13 --warmup-steps 100 --decay-epochs 3 --decay-factor 0.5 {AVERAGED}",
+LONG = "--max-epochs 40 --warmup-steps 200 --decay-epochs 2 --decay-factor 0.8"
+RECIPES = {  # the others are compared with the first
+    "long": f"{LONG} --norm-tiles 0",
+    "fresh statistics": f"{LONG} --norm-tiles 1024",  # of BatchNorm
+    "laptop": "--recipe laptop --norm-tiles 1024",
+    "third": "--recipe laptop --norm-tiles 1024 --max-epochs 13 --decay-epochs 3 --decay-factor 0.5",
 }
 
 
-def judge(run_folder: Path, fresh: Tiles) -> dict[str, Any]:
+def evaluate(run_folder: Path, fresh: Tiles) -> dict[str, Any]:
     """Losses and cost of a finished run."""
     device = pick_device("auto")
-    result = read_json(run_folder / "result.json")
-    model = load_compressor(run_folder / "best.ckpt", device, "float32").model
-    dataset = whole_dataset(fresh, FOM_PARAMS, read_norm_stats(run_folder), device)
-    squared = (predict(model, dataset, 256) - dataset.theta).square().mean(dim=1).double().numpy()  # (n,)
+    result = read_result(run_folder / RESULT_NAME, CompressorResult, "stage 1")
+    compressor = load_compressor(run_folder / CHECKPOINT_NAME, device, "float32")
+    dataset = whole_dataset(fresh, compressor.config.theta_names, read_norm_stats(run_folder), device)
+    error = predict(compressor.model, dataset, BATCH_SIZE) - dataset.theta  # (n, d)
     return {
-        "fresh_mse": mean_and_error(squared, fresh.keys[:, 0]),
-        "val_mse": result["val_mse"],
-        "epochs": result["epochs"],
-        "seconds": result["elapsed_s"],
+        "fresh_mse": mean_and_error(error.square().mean(dim=1).double().numpy(), fresh.keys[:, 0]),
+        "val_mse": result.val_mse,
+        "epochs": result.epochs,
+        "seconds": result.elapsed_s,
     }
 
 
@@ -70,7 +72,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, judge, print."""
+    """Run what is missing, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="tiny")
     parser.add_argument("--seeds", type=int, default=3)
@@ -87,14 +89,14 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.recipes}
     for seed in range(1, options.seeds + 1):
         for name in options.recipes:
-            tag = f"{options.backbone}_{name.replace(', ', '_')}_{seed}"
+            tag = f"{options.backbone}_{name.replace(' ', '_')}_{seed}"
             run_folder = Path(home, COMPRESSOR_RUNS, tag)
-            if not (run_folder / "result.json").exists():
+            if not (run_folder / RESULT_NAME).exists():
                 run(
                     f"run_compressor.py {tiles} --backbone {options.backbone} {RECIPES[name]} --seed {seed} "
                     f"--results-dir {home} --tag {tag}"
                 )
-            found[name].append(judge(run_folder, fresh))
+            found[name].append(evaluate(run_folder, fresh))
         record = {
             "lmax": LMAX,
             "n_sims": options.n_sims,

@@ -1,8 +1,7 @@
 """Which memory format, precision, optimiser and compiler for which network: `python benchmarks/settings.py`.
 
-Forward, backward and optimiser step on one resident random batch at 128 x 128; milliseconds per tile, and the ratio to
-channels_last float32 with fused AdamW, not compiled. What the code then does by itself is in common.device.
-Header of the output: processor, cores, device, versions.
+Forward pass, backward pass and optimiser step on one random batch in memory at 128 x 128. Milliseconds per tile, and
+the ratio to channels_last float32 with fused AdamW, not compiled. compress.model.pick_precision is based on it.
 """
 
 from __future__ import annotations
@@ -22,19 +21,24 @@ from common.device import pick_device
 from compress.config import Backbone
 from compress.model import FieldLevelCompressor
 from data.mock.nz import N_BINS
+from data.schema import FOM_PARAMS
 
 NSIDE = 128
 BATCHES: dict[Backbone, int] = {"tiny": 64, "efficientnet_b0": 32, "efficientnet_v2_s": 8}
 
 
 def stepper(
-    backbone: Backbone, device: torch.device, memory_format: torch.memory_format, dtype: torch.dtype, fused: bool,
-    compiled: bool,
-) -> Callable[[], float]:  # fmt: skip
-    """A function that does a step and says how long it took, in milliseconds per tile."""
+    backbone: Backbone,
+    device: torch.device,
+    memory_format: torch.memory_format,
+    dtype: torch.dtype,
+    fused: bool = True,
+    compiled: bool = False,
+) -> Callable[[], float]:
+    """A function that does a step and returns how long it took, in milliseconds per tile."""
     torch.manual_seed(0)
     batch = BATCHES[backbone]
-    model = FieldLevelCompressor(backbone, dtype).to(device, memory_format=memory_format)
+    model = FieldLevelCompressor(backbone, N_BINS, len(FOM_PARAMS), dtype).to(device).to(memory_format=memory_format)
     kappa = torch.randn(batch, N_BINS, NSIDE, NSIDE, device=device).to(memory_format=memory_format)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     network = torch.compile(model) if compiled else model
@@ -53,8 +57,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--backbone", default="", help="this one alone")
-    parser.add_argument("--compile", action="store_true", help="torch.compile as well, which needs a C++ compiler")
+    parser.add_argument("--backbone", default="", help="only this one")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, which needs a C++ compiler")
     parser.add_argument("--results-dir", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     device = pick_device(options.device)
@@ -64,15 +68,15 @@ def main() -> None:
         if options.backbone not in ("", backbone):
             continue
         ways = {
-            "channels_last, float32": stepper(backbone, device, last, torch.float32, True, False),
-            "channels_first, float32": stepper(backbone, device, first, torch.float32, True, False),
-            "channels_last, bf16": stepper(backbone, device, last, torch.bfloat16, True, False),
-            "channels_first, bf16": stepper(backbone, device, first, torch.bfloat16, True, False),
-            "channels_last, float32, AdamW not fused": stepper(backbone, device, last, torch.float32, False, False),
+            "channels_last, float32": stepper(backbone, device, last, torch.float32),
+            "channels_first, float32": stepper(backbone, device, first, torch.float32),
+            "channels_last, bf16": stepper(backbone, device, last, torch.bfloat16),
+            "channels_first, bf16": stepper(backbone, device, first, torch.bfloat16),
+            "channels_last, float32, AdamW not fused": stepper(backbone, device, last, torch.float32, fused=False),
         }
         if options.compile:
-            ways["channels_last, float32, compiled"] = stepper(backbone, device, last, torch.float32, True, True)
-            ways["channels_last, bf16, compiled"] = stepper(backbone, device, last, torch.bfloat16, True, True)
+            ways["channels_last, float32, compiled"] = stepper(backbone, device, last, torch.float32, compiled=True)
+            ways["channels_last, bf16, compiled"] = stepper(backbone, device, last, torch.bfloat16, compiled=True)
         found = in_turns(ways, backbone)
         base = found["channels_last, float32"]
         rows += [Row(f"{backbone}, {way}", "ms/tile", times, base) for way, times in found.items()]

@@ -156,8 +156,10 @@ def parse_args(config_class: type[Config], argv: list[str] | None = None) -> Con
             kwargs.update(type=annotation, required=True)
         elif typing.get_origin(annotation) is Literal:
             kwargs.update(choices=typing.get_args(annotation))
-        elif field.metadata["recipes"]:
-            kwargs.update(choices=list(field.metadata["recipes"]))
+        elif recipes := field.metadata["recipes"]:
+            words = {name: " ".join(f"{flag_of(n)} {v}" for n, v in recipe.items()) for name, recipe in recipes.items()}
+            kwargs.update(choices=list(recipes))
+            kwargs["help"] += "; " + "; ".join(f"{name} is {text}" for name, text in words.items())
         else:
             kwargs.update(type=annotation, metavar=annotation.__name__.upper())
         parser.add_argument(flag_of(field.name), **kwargs)

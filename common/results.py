@@ -49,14 +49,14 @@ def _built(kind: Any, value: Any) -> Any:
     return kind(**{name: _built(kinds[name], one) for name, one in value.items()})  # type: ignore[operator]
 
 
-def table_of_keys(result_class: Any, prefix: str = "") -> str:
-    """The keys of a result and their meanings as rows of a Markdown table, those of nested ones behind a dot."""
+def table_of_keys(result_class: Any, without: str = "", prefix: str = "") -> str:
+    """The keys of a result and their meanings as rows of a Markdown table, nested ones too except `without`."""
     rows, kinds = [], typing.get_type_hints(result_class)
     for field in dataclasses.fields(result_class):
         rows.append(f"| `{prefix}{field.name}` | {field.metadata['meaning']} |")
         inner = [
             one for one in (kinds[field.name], *typing.get_args(kinds[field.name])) if dataclasses.is_dataclass(one)
         ]
-        if inner:
-            rows.append(table_of_keys(inner[0], f"{prefix}{field.name}."))
+        if inner and field.name != without:
+            rows.append(table_of_keys(inner[0], without, f"{prefix}{field.name}."))
     return "\n".join(rows)

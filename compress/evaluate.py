@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 
 import torch
-from data.dataset import TileDataset, batches, n_batches
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,6 +18,7 @@ from common.versions import versions
 from compress.config import CompressorConfig
 from compress.model import FieldLevelCompressor, load_compressor
 from compress.result import CompressorResult
+from data.dataset import TileDataset, batches, n_batches
 from data.module import SplitTiles
 
 
@@ -31,11 +31,7 @@ def predict(model: FieldLevelCompressor, dataset: TileDataset, batch_size: int) 
 
 @torch.no_grad()
 def mean_squared_error(model: FieldLevelCompressor, dataset: TileDataset, batch_size: int) -> float:
-    """Mean squared error over tiles and parameters, normalised units, in evaluation mode.
-
-    Raises:
-        UserError: it is not finite.
-    """
+    """Mean squared error over tiles and parameters, normalised units, in evaluation mode; UserError if not finite."""
     model.eval()
     total = sum(
         functional.mse_loss(model(kappa), theta, reduction="sum") for kappa, theta in batches(dataset, batch_size)

@@ -1,4 +1,4 @@
-"""What a step of the network takes of a device's memory: the tiles are held there only if both fit."""
+"""How much memory a step of the network needs: tiles are held on a device only if both fit."""
 
 from __future__ import annotations
 
@@ -21,16 +21,11 @@ COPIES = 2  # of a layer's input and output without gradients: what a block adds
 def bytes_of_a_step(
     backbone: Backbone, dtype: torch.dtype, batch_size: int, nside: int, n_bins: int, *, training: bool
 ) -> int:
-    """Memory that a batch takes beside the tiles, in bytes.
+    """Memory that a batch needs beside the tiles, in bytes; in training, with gradients and optimiser.
 
-    In training it is mostly what autograd keeps for the backward pass, which a forward pass of a few tiles on the CPU
-    tells. For efficientnet_v2_s in bf16 with 128 tiles of 128, 256 and 512 pixels this gives 3.8, 13.7 and 53.6 GB,
-    where a GPU peaked at 3.6, 13.4 and 52.5 GB.
-
-    Args:
-        backbone, dtype: of the network.
-        batch_size, nside, n_bins: tiles at a time, their pixels per side and channels.
-        training: with gradients and optimiser, or without.
+    Then it is mostly what autograd keeps for the backward pass, measured by a forward pass of a few tiles on the CPU.
+    For efficientnet_v2_s in bf16 with 128 tiles of 128, 256 and 512 pixels this gives 3.8, 13.7 and 53.6 GB, where a
+    GPU peaked at 3.6, 13.4 and 52.5 GB.
     """
     side = min(nside, SIDE)
     with torch.random.fork_rng(devices=[]):

@@ -89,23 +89,15 @@ class FieldLevelCompressor(nn.Module):
 
 @dataclass(frozen=True)
 class TrainedCompressor:
-    """What best.ckpt holds.
+    """What best.ckpt holds."""
 
-    Attributes:
-        model: in evaluation mode, on its device.
-        config: options of stage 1.
-        manifest_sha256, norm_stats_sha256: of the split and the normalisation that it was trained with.
-        epoch, val_mse: of these weights.
-        sha256: of the file; results name the compressor by it.
-    """
-
-    model: FieldLevelCompressor
+    model: FieldLevelCompressor  # in evaluation mode, on its device
     config: CompressorConfig
-    manifest_sha256: str
+    manifest_sha256: str  # of the split and the normalisation that it was trained with
     norm_stats_sha256: str
     epoch: int
     val_mse: float
-    sha256: str
+    sha256: str  # of the file; results name the compressor by it
 
 
 def save_compressor(
@@ -122,11 +114,7 @@ def save_compressor(
 
 
 def load_compressor(path: Path, device: torch.device, precision: Precision) -> TrainedCompressor:
-    """Read best.ckpt.
-
-    Raises:
-        UserError: not a compressor checkpoint, or one whose weights do not fit its options.
-    """
+    """Read best.ckpt; UserError if it is no compressor checkpoint, or its weights do not fit its options."""
     plain = ("manifest_sha256", "norm_stats_sha256", "epoch", "val_mse")
     content = load_checkpoint(path, KIND, ("model", "n_bins", "config", *plain), CURE)
     try:

@@ -83,10 +83,7 @@ def read_tiles(config: CompressorConfig, device: torch.device, dtype: torch.dtyp
     for warning in data.audit.warnings():
         warn(warning)
     if len(data.fiducial_ds) == 0:
-        warn(
-            f"{data.tiles_dir} has no simulation {config.fiducial_sim_id}: stage 2 will find no fiducial tiles and "
-            "refuse"
-        )
+        warn(f"{data.tiles_dir} has no simulation {config.fiducial_sim_id}, the fiducial one: stage 2 will refuse it")
     return data
 
 

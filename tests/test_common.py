@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from common.early_stopping import EarlyStopping
 from common.errors import UserError, exit_on_user_error
 from common.figures import figure
 from common.interrupt import Interrupted, listening
-from common.options import parse_args, with_signature_of
+from common.options import difference, identity, parse_args, with_signature_of
 from compress.config import CompressorConfig
 from compress.model import pick_precision
 from compress.schedule import lr_at
@@ -129,6 +130,30 @@ def test_the_command_line_and_the_modal_signature_come_from_one_definition(confi
     assert list(inspect.signature(modal_main).parameters) == list(config_class.__dataclass_fields__)
     modal_main(**{name: p.default for name, p in inspect.signature(modal_main).parameters.items()} | vars(parsed))
     assert built == [parsed]
+
+
+def test_options_say_what_makes_a_run_another() -> None:
+    one = CompressorConfig()
+    three = parse_args(CompressorConfig, ["--params", "Omega_m,S8,w"])
+    assert one.run_tag == "field_mse_lmax200_des_y3_efficientnet_v2_s"
+    assert three.run_tag == f"{one.run_tag}_params_Omega_m-S8-w"  # another folder
+    assert three.theta_names == ("Omega_m", "S8", "w")
+    here = identity(CompressorConfig, asdict(one))
+    assert not {"tiles_dir", "noiseless_tiles", "tiles_on", "restart", "recipe", "tag", "results_dir"} & set(here)
+    stored = {name: value for name, value in asdict(one).items() if name != "params"}  # by a version without it
+    assert difference(identity(CompressorConfig, stored), here) == ""
+    assert difference(identity(CompressorConfig, stored), identity(CompressorConfig, asdict(three))) == (
+        "--params Omega_m,S8 there, Omega_m,S8,w here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("S8,w", "lacks Omega_m"), ("Omega_m,S8,w_a", "'w_a' is none of"), ("Omega_m,S8,S8", "names a parameter twice")],
+)
+def test_parameters_without_sense_are_refused(given: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CompressorConfig(params=given)
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,16 @@ from conftest import GUARD_S, ROOT
 from test_layers import imports_of
 
 from common.options import parse_args
+from common.results import table_of_keys
 from compress.config import CompressorConfig
+from compress.result import CompressorResult
+from data.audit import Audit
 from data.config import CheckConfig, FetchConfig
 from data.ingest.config import IngestConfig
 from data.mock.config import MockConfig
 from npe.config import NPEConfig, PredictConfig, SweepConfig
+from npe.predict import PredictResult
+from npe.result import FomResult, SweepResult
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -211,6 +216,30 @@ def test_make_targets_and_scripts_exist(page: Path) -> None:
             assert f'"{flag}"' in source + shared, f"{script} has no {flag}"
 
 
+GENERATED = {
+    "result.json": (CompressorResult, "audit"),
+    "fom_result.json": (FomResult, "audit"),
+    "audit": (Audit, ""),
+    "predict.json": (PredictResult, ""),
+    "fom_vs_lmax.json": (SweepResult, ""),
+}
+
+
+def with_tables_of_the_types(text: str) -> str:
+    """docs/files.md with the tables that the result types give."""
+    for name, (result_class, without) in GENERATED.items():
+        table = f"<!-- {name} -->\n| key | meaning |\n|---|---|\n{table_of_keys(result_class, without)}\n<!-- end -->"
+        text, found = re.subn(
+            rf"<!-- {re.escape(name)} -->\n.*?<!-- end -->", lambda _, table=table: table, text, flags=re.DOTALL
+        )
+        assert found == 1, name
+    return text
+
+
+def test_the_tables_of_keys_are_those_of_the_types() -> None:
+    assert with_tables_of_the_types(FILES) == FILES, "`python tests/test_docs.py` writes them"
+
+
 def heads_of(text: str) -> set[str]:
     """Anchors of the headings, as GitHub makes them."""
     heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
@@ -304,3 +333,7 @@ def test_every_key_and_every_file_stands_in_the_page_of_files(workplace: Workpla
         if "audit" in content:
             for leaf in leaves_of(content["audit"]):
                 assert is_explained(leaf, section_of("The audit")), f"docs/files.md does not explain audit.{leaf}"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "files.md").write_text(with_tables_of_the_types(FILES), encoding="utf-8")
