@@ -78,7 +78,7 @@ def evaluate_npe(
     median = float(np.median(fiducial.fom))
     calibration, d2 = _calibration(trained, test, fresh, calibration_rng, median)
     reference = _reference(trained)
-    test_median = bootstrap_median(test.fom, data.manifest.splits["test"][:, 0], rng)
+    test_median = bootstrap_median(test.fom, data.tiles.keys[data.test_ds.rows, 0], rng)
     result = FomResult(
         lmax=data.lmax,
         noise_level=compressor.config.noise_level,
