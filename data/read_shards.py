@@ -16,7 +16,7 @@ from common.progress import Progress
 from data.moments import Moments, empty_moments, moments_of
 from data.schema import name_of_tile, nside_of
 from data.shard import ShardLabels, kappa_of_shard, read_labels
-from data.tiles import Tiles, digests_of, empty_digests, empty_kappa
+from data.tiles import DIGEST_SIZE, Tiles, digests_of, empty_kappa
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
     Returns:
         the tiles' digests and moments, in the canonical order.
     """
-    digests, moments = empty_digests(len(index.keys)), empty_moments(len(index.keys), index.n_bins)
-    with Progress("reading tiles", len(index.keys), "tiles") as progress, ThreadPoolExecutor(usable_cores()) as pool:
+    n = len(index.keys)
+    digests, moments = np.empty((n, DIGEST_SIZE), np.uint8), empty_moments(n, index.n_bins)
+    with Progress("reading tiles", n, "tiles") as progress, ThreadPoolExecutor(usable_cores()) as pool:
         counting = threading.Lock()
 
         def read(shard: ShardLabels, positions: np.ndarray) -> None:
