@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -70,15 +68,14 @@ def duplicate_pairs(kappa: np.ndarray, moments: Moments) -> np.ndarray:
     Returns:
         int (m, 2): the row of every tile that has a duplicate before it in that order, and of the first of them.
     """
-    projection, rms = moments.projection, moments.rms
+    projection, rms = moments.projection, np.sqrt(moments.variance + moments.mean**2)  # (n, ...), (n, bins)
     # By Cauchy and Schwarz the projections of duplicates differ by no more than this.
     reach = 2 * TOLERANCE * np.sqrt(np.square(rms).mean(axis=1))  # (n,)
     pairs: list[tuple[int, int]] = []
     firsts: list[int] = []
     for i in np.argsort(projection[:, 0]):
-        candidates = list(islice(reversed(firsts), MAX_CANDIDATES))
-        agree = (np.abs(projection[i] - projection[candidates]) <= reach[i]).all(axis=1)  # (n_candidates,)
-        candidates = [first for first, does in zip(candidates, agree, strict=True) if does]
+        candidates = np.array(firsts[-MAX_CANDIDATES:][::-1], dtype=np.int64)
+        candidates = candidates[(np.abs(projection[i] - projection[candidates]) <= reach[i]).all(axis=1)]
         first = next((c for c in candidates if _are_duplicates(kappa[i], kappa[c], rms[c])), None)
         if first is None:
             firsts.append(i)

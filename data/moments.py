@@ -25,11 +25,6 @@ class Moments:
     variance: np.ndarray
     projection: np.ndarray
 
-    @property
-    def rms(self) -> np.ndarray:
-        """Root mean square of the pixels of every bin, (n, bins)."""
-        return np.sqrt(self.variance + self.mean**2)
-
     def of(self, positions: np.ndarray) -> Moments:
         """Those of some tiles."""
         return Moments(*(getattr(self, field.name)[positions] for field in fields(self)))

@@ -77,7 +77,7 @@ def read_norm_stats(folder: Path) -> NormStats:
     names = [field.name for field in fields(NormStats)]
     try:
         stats = NormStats(**{name: tuple(map(float, content[name])) for name in names})
-        good = content == {name: list(values) for name, values in asdict(stats).items()}
+        good = content == {name: list(values) for name, values in vars(stats).items()}
         for mean, std in ((stats.tile_mean, stats.tile_std), (stats.theta_mean, stats.theta_std)):
             good = good and len(mean) == len(std) and bool(np.isfinite(mean + std).all()) and min(std) > 0
     except (KeyError, TypeError, ValueError, OverflowError):
