@@ -75,7 +75,7 @@ def measure(backbone: Backbone, n_train: int, n_single: int, device: torch.devic
     def epochs(data: CompressedTileDataModule) -> None:
         with tempfile.TemporaryDirectory() as folder:
             last = LastCheckpoint(Path(folder), CONFIG, {}, CHECKPOINT_NAME, device)
-            train(data, augment, len(FOM_PARAMS), CONFIG, "", last)
+            train(data, CONFIG, last)
 
     @torch.no_grad()
     def forward_passes() -> None:

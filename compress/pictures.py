@@ -9,7 +9,7 @@ import torch
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from common.figures import BLUE, GREY, ORANGE, figure
-from common.progress import read_metrics
+from common.progress import METRICS_NAME, read_metrics
 from data.dataset import TileDataset
 from data.norm_stats import NormStats
 from data.schema import label_of
@@ -41,37 +41,25 @@ def draw_predictions(
                 axes.set_aspect("equal")
 
 
-def draw_loss_curves(
-    metrics_file: Path,
-    path: Path,
-    title: str,
-    loss_name: str,
-    *,
-    train: tuple[str, str],
-    validation: tuple[str, str],
-    best_epoch: int,
-    log: bool,
-) -> None:
-    """Training and validation loss per epoch from metrics.jsonl, with the epoch of the kept weights marked.
+def draw_loss_curves(folder: Path, title: str, curves: dict[str, str], best_epoch: int, *, log: bool = False) -> None:
+    """Losses per epoch from metrics.jsonl of a run's folder: loss_curves.png, the epoch of the kept weights marked.
 
     Args:
-        metrics_file, path: what is read, what is written.
-        title, loss_name: of the picture and its vertical axis.
-        train, validation: (name in metrics.jsonl, label in the legend).
+        folder, title: of the run and the picture.
+        curves: label by name in metrics.jsonl, of the training loss and of the validation loss.
         best_epoch: whose weights were kept.
         log: whether the vertical axis is logarithmic; it then has ticks at 1, 2, 5 times a power of ten.
     """
-    metrics = read_metrics(metrics_file)
-    epoch, train_loss, loss = metrics["epoch"], metrics[train[0]], metrics[validation[0]]
+    metrics = read_metrics(folder / METRICS_NAME)
+    epoch, (train, validation) = metrics["epoch"], (metrics[name] for name in curves)
     best = int(np.flatnonzero(epoch == best_epoch)[0])
-    with figure(path, 6.0, 3.8) as drawn:
+    with figure(folder / "loss_curves.png", 6.0, 3.8) as drawn:
         axes = drawn.subplots()
-        axes.plot(epoch, train_loss, color=GREY, label=train[1])
-        axes.plot(epoch, loss, color=BLUE, label=validation[1])
-        axes.plot(
-            epoch[best], loss[best], "o", color=ORANGE, label=f"best: {loss[best]:.4f} in epoch {epoch[best]:.0f}"
-        )
-        axes.set(xlabel="epoch", ylabel=loss_name, title=title)
+        for values, colour, label in zip((train, validation), (GREY, BLUE), curves.values(), strict=True):
+            axes.plot(epoch, values, color=colour, label=label)
+        marked = f"best: {validation[best]:.4f} in epoch {best_epoch}"
+        axes.plot(best_epoch, validation[best], "o", color=ORANGE, label=marked)
+        axes.set(xlabel="epoch", title=title)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

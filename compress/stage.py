@@ -12,7 +12,6 @@ from common.artifacts import COMPRESSOR_RUNS, make_empty_folder, named_folder, r
 from common.device import name_of_dtype, pick_device
 from common.errors import warn
 from common.lock import exclusive
-from common.progress import METRICS_NAME
 from common.results import write_result
 from common.resume import LastCheckpoint
 from compress.config import CompressorConfig
@@ -23,9 +22,9 @@ from compress.pictures import draw_loss_curves, draw_predictions
 from compress.result import RESULT_NAME, CompressorResult
 from compress.train import train
 from data.module import SplitTiles, TileDataModule
-from data.norm_stats import write_norm_stats
+from data.norm_stats import NormStats, write_norm_stats
 from data.schema import nside_of
-from data.split import write_manifest
+from data.split import SplitManifest, write_manifest
 
 
 def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] = lambda: None) -> CompressorResult:
@@ -64,11 +63,15 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
     return evaluation.result
 
 
-def read_tiles(config: CompressorConfig, device: torch.device, dtype: torch.dtype) -> SplitTiles:
-    """The tiles of --tiles-dir, split and normalised, after a look at what is wrong with them."""
-    reserve = partial(
-        bytes_of_a_step, config.backbone, dtype, config.batch_size, nside_of(config.lmax, config.nside), training=True
-    )
+def read_tiles(
+    config: CompressorConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    manifest: SplitManifest | None = None,
+    norm_stats: NormStats | None = None,
+) -> SplitTiles:
+    """The tiles of a run, split and normalised anew or as given (stage 2), after a look at what is wrong with them."""
+    nside, training = nside_of(config.lmax, config.nside), manifest is None
     noiseless = config.noiseless_tiles
     data = TileDataModule(
         tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level),
@@ -77,8 +80,10 @@ def read_tiles(config: CompressorConfig, device: torch.device, dtype: torch.dtyp
         device=device,
         dtype=dtype,
         tiles_on=config.tiles_on,
-        reserve=reserve,
+        reserve=partial(bytes_of_a_step, config.backbone, dtype, config.batch_size, nside, training=training),
         noiseless_dir=named_folder(noiseless, config.lmax, config.noise_level) if noiseless else None,
+        manifest=manifest,
+        norm_stats=norm_stats,
     ).setup()
     for warning in data.audit.warnings():
         warn(warning)
@@ -90,16 +95,8 @@ def read_tiles(config: CompressorConfig, device: torch.device, dtype: torch.dtyp
 def _write(evaluation: CompressorEvaluation, data: SplitTiles, folder: Path) -> None:
     """Pictures, then result.json: where it stands, the run is finished."""
     result, predicted = evaluation.result, evaluation.predicted
-    draw_loss_curves(
-        folder / METRICS_NAME,
-        folder / "loss_curves.png",
-        "Compressor",
-        "mean squared error of normalised theta",
-        train=("train_loss", "training (augmented, with theta noise)"),
-        validation=("val_mse", "validation"),
-        best_epoch=result.best_epoch,
-        log=True,
-    )
+    curves = {"train_loss": "training (augmented, with theta noise)", "val_mse": "validation"}
+    draw_loss_curves(folder, "Compressor: mean squared error of normalised theta", curves, result.best_epoch, log=True)
     splits = {
         "training": (data.compressor_train_ds, predicted["train"]),
         "validation": (data.npe_train_ds, predicted["val"]),

@@ -73,11 +73,11 @@ class Audit:
         """One line for everything that a user should know before training: what is wrong, and what to do."""
         lines = []
         if leaks := [leak.describe(split) for split, leak in self.leakage.items() if leak.worst > TOLERATED_LEAK]:
-            cure = "split whole simulations (--split-by sim), or make tiles that share nothing (--geometry disjoint)"
+            cure = "split whole simulations (--split-by sim), or make other tiles (`run_mock.py --geometry disjoint`)"
             lines.append(f"{'; '.join(leaks)}: what is measured on them is optimistic; {cure}")
         if self.covered_patches is None and self.n_duplicates:
             found = (
-                f"{self.n_duplicates} tiles are the same pixels as another, and the shards do not say where tiles lie"
+                f"{self.n_duplicates} tiles are the same pixels as another, and the shards do not say where they lie"
             )
             lines.append(f"{found}; if they are the published ones, add --geometry published")
         if self.n_duplicates_across_sims:

@@ -29,23 +29,14 @@ def calibrate(
     tiles: str,
     optimistic: bool,
 ) -> Calibration:
-    """Compare n posteriors with the truth.
+    """Compare the posteriors of n tiles with the truth theta (n, d), with errors from a bootstrap over sim_id (n,).
 
     For a Gaussian posterior the credible region of level p is d2 <= chi2.ppf(p), so expected coverage and the
-    distribution of d2 are two views of one thing.
-
-    Args:
-        posterior: of n tiles, in the units of theta.
-        theta: (n, d) true parameters.
-        sim_id: (n,) simulation of each tile.
-        rng: of the bootstrap.
-        fom: the run's Figure of Merit.
-        tiles: what they are called.
-        optimistic: whether they stopped the training.
+    distribution of d2 are two views of one thing. `fom` is the run's Figure of Merit; `tiles` and `optimistic` are
+    handed on to the result.
     """
     d = theta.shape[1]
-    z = (posterior.mu - theta) / posterior.sigma  # (n, d)
-    d2 = squared_distances(posterior, theta)  # (n,)
+    z, d2 = (posterior.mu - theta) / posterior.sigma, squared_distances(posterior, theta)  # (n, d), (n,)
     inside = d2[:, None] <= chi2.ppf(LEVELS, df=d)  # (n, n_levels)
 
     # Everything below is a mean over tiles, so a resample of simulations only needs sums per simulation.
@@ -55,10 +46,9 @@ def calibrate(
     np.add.at(sums, group, columns)
     counts = rng.multinomial(len(sims), np.full(len(sims), 1 / len(sims)), size=N_BOOTSTRAP)  # how often each is drawn
     resampled = counts @ sums  # (N_BOOTSTRAP, n_sims) @ (n_sims, n_columns)
-    resampled = resampled[:, 1:] / resampled[:, :1]
     parts = [d, 2 * d, 2 * d + 1]
     z_mean, z_square, mean_d2, coverage = np.split(columns[:, 1:].mean(axis=0), parts)
-    b_z_mean, b_z_square, b_mean_d2, b_coverage = np.split(resampled, parts, axis=1)
+    b_z_mean, b_z_square, b_mean_d2, b_coverage = np.split(resampled[:, 1:] / resampled[:, :1], parts, axis=1)
     chi2_per_dof, error = float(mean_d2[0] / d), float(b_mean_d2.std() / d)
     return Calibration(
         tiles=tiles,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from data.dataset import TileDataset, batches
 
 from compress.model import FieldLevelCompressor
+from data.dataset import TileDataset, batches
 from data.module import SplitTiles
 
 TILES_IN_CACHE = 64  # on a CPU: what was just gathered is then still near when it is compressed
@@ -16,8 +16,8 @@ TILES_IN_CACHE = 64  # on a CPU: what was just gathered is then still near when 
 class CompressedTileDataset:
     """(compressed_summary (d,), theta (d,)) of each tile of a TileDataset, on its device.
 
-    The tile is augmented before compression if the tile data set is, so every access gives a new
-    summary. `__getitems__` compresses a whole batch in one forward pass, on a CPU in a few.
+    If the tiles are augmented, every access gives a new summary. `__getitems__` compresses a whole batch in one forward
+    pass, on a CPU in a few.
     """
 
     def __init__(self, tiles: TileDataset, compressor: FieldLevelCompressor) -> None:
@@ -31,7 +31,6 @@ class CompressedTileDataset:
         """Say which batch is asked for next."""
         self.tiles.prefetch(positions)
 
-    @torch.no_grad()
     def __getitems__(self, positions: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         size = TILES_IN_CACHE if self.tiles.device.type == "cpu" else len(positions)
         parts = [(self.compress(kappa), theta) for kappa, theta in self.tiles.in_parts(positions, size)]
@@ -58,6 +57,7 @@ class CompressedTileDataModule:
     """The splits of stage 2: train_ds (NPE split, augmented), val_ds (test split), fiducial_ds."""
 
     def __init__(self, data: SplitTiles, compressor: FieldLevelCompressor, augment: torch.Generator) -> None:
+        self.augment, self.n_params = augment, data.test_ds.theta.shape[1]
         self.train_ds = CompressedTileDataset(data.npe_train_ds.augmented(augment), compressor)
         self.val_ds = CompressedTileDataset(data.test_ds, compressor)
         self.fiducial_ds = CompressedTileDataset(data.fiducial_ds, compressor)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import MISSING, dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
@@ -30,6 +32,11 @@ class NPEConfig(TrainingOptions):
     n_members: int = option(5, "NPEs with other initial weights; the FoM is that of the first", above=0)
     calibration_tiles: str = option("", "fresh simulations to check the posterior on; else the test split", path=True)
     tag: str = option("", "name of the run (default: that of the stage-1 run)", may_change=True, plain_name=True)
+
+    @property
+    def compressor_checkpoint(self) -> str:
+        """The checkpoint as results name it: {tag}/best.ckpt."""
+        return f"{Path(self.ckpt).parent.resolve().name}/{Path(self.ckpt).name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,24 +78,22 @@ class SweepRun:
 
     def compressor(self) -> CompressorConfig:
         """Options of stage 1."""
-        given = {"lmax": self.lmax, "noise_level": self.sweep.noise_level}
-        return self._parsed(CompressorConfig, self.sweep.stage_1, given)
+        return self._parsed(CompressorConfig, self.sweep.stage_1, lmax=self.lmax, noise_level=self.sweep.noise_level)
 
     def npe(self, ckpt: str) -> NPEConfig:
         """Options of stage 2."""
-        return self._parsed(NPEConfig, self.sweep.stage_2, {"ckpt": ckpt})
+        return self._parsed(NPEConfig, self.sweep.stage_2, ckpt=ckpt)
 
-    def _parsed(self, config_class: type[Config], text: str, given: dict[str, Any]) -> Config:
+    def _parsed(self, config_class: type[Config], text: str, **given: Any) -> Config:
         given |= {"results_dir": self.sweep.results_dir, "seed": self.seed, "tag": self.tag}
-        own = [flag_of(name) for name in given]
-        if twice := [word for word in text.split() if word.split("=")[0] in own]:
-            raise UserError(f"{twice[0]} is the sweep's own option; leave it out of the quotes")
-        flags = [word for name, value in given.items() for word in (flag_of(name), str(value))]
+        own = {flag_of(name): str(value) for name, value in given.items()}
         try:
             words = shlex.split(text)
         except ValueError as error:
-            raise UserError(f"{text!r} cannot be read as options ({error}); see to its quotes") from None
-        return parse_args(config_class, [*flags, *words])
+            raise UserError(f"{text!r} cannot be read as options ({error}); check its quotes") from None
+        if twice := [word for word in words if word.split("=")[0] in own]:
+            raise UserError(f"{twice[0]} is the sweep's own option; leave it out of the quotes")
+        return parse_args(config_class, [*chain(*own.items()), *words])
 
 
 @dataclass(frozen=True, kw_only=True)

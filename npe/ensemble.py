@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from common.device import seeded_generator
 from common.early_stopping import EarlyStopping
+from npe.config import NPEConfig
 from npe.fom import scatter
 from npe.model import GaussianNPE, Posterior, posterior_of_moments
 from npe.result import Ensemble, Mixture
@@ -17,36 +19,36 @@ from npe.result import Ensemble, Mixture
 
 @dataclass
 class Member:
-    """One NPE with its own initial weights and early stopping; `best` are its weights of the lowest loss."""
+    """One NPE with its own initial weights and early stopping; `best` has its weights of the lowest loss."""
 
     npe: GaussianNPE
+    best: GaussianNPE
     stopper: EarlyStopping
-    best: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def update(self, loss: float, epoch: int) -> bool:
-        """Take a validation loss and keep the weights if it is the best. A member that has stopped does not change."""
+        """Keep the weights if the validation loss is the best; a member that has stopped does not change."""
         if self.stopper.should_stop() or not self.stopper.update(loss, epoch):
             return False
-        self.best = {name: tensor.detach().clone() for name, tensor in self.npe.state_dict().items()}
+        self.best.load_state_dict(self.npe.state_dict())
         return True
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, best weights and the state of early stopping."""
-        return {"npe": self.npe.state_dict(), "stopper": self.stopper.state_dict(), "best": self.best}
+        return {name: part.state_dict() for name, part in vars(self).items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Back to where `state_dict` was taken."""
-        self.npe.load_state_dict(state_dict["npe"])
-        self.stopper.load_state_dict(state_dict["stopper"])
-        self.best = state_dict["best"]
+        for name, part in vars(self).items():
+            part.load_state_dict(state_dict[name])
 
 
-def make_members(n_members: int, n_params: int, seed: int, patience: int, device: torch.device) -> list[Member]:
+def make_members(config: NPEConfig, n_params: int, device: torch.device) -> list[Member]:
     """Members with initial weights of their own; the first is the same whatever their number."""
     members = []
-    for k in range(n_members):
-        torch.manual_seed(seeded_generator(seed, f"npe member {k}").initial_seed())
-        members.append(Member(GaussianNPE(n_params).to(device), EarlyStopping(patience)))
+    for k in range(config.n_members):
+        torch.manual_seed(seeded_generator(config.seed, f"npe member {k}").initial_seed())
+        npe = GaussianNPE(n_params).to(device)
+        members.append(Member(npe, copy.deepcopy(npe), EarlyStopping(config.patience)))
     return members
 
 
@@ -65,11 +67,9 @@ def mixture(posteriors: list[Posterior]) -> Posterior:
 def gaussian_kl(p: Posterior, q: Posterior) -> np.ndarray:
     """KL(p || q) per tile in nats, (n,), of Gaussian posteriors.
 
-    For any other density with the moments of p, KL(density || q) = KL(density || p) + KL(p || q), since ln q is
-    quadratic in theta.
+    ln q is quadratic in theta, so KL(f || q) = KL(f || p) + KL(p || q) for any density f with the moments of p.
     """
-    precision = np.linalg.inv(q.cov)
-    shift = q.mu - p.mu  # (n, d)
+    precision, shift = np.linalg.inv(q.cov), q.mu - p.mu  # (n, d, d), (n, d)
     trace = np.einsum("nij,nji->n", precision, p.cov)
     distance = np.einsum("ni,nij,nj->n", shift, precision, shift)
     return 0.5 * (trace + distance - shift.shape[1]) + np.log(p.inverse_volume / q.inverse_volume)

@@ -15,14 +15,9 @@ N_AUGMENTATIONS = 8  # draws per tile
 
 
 def bootstrap_median(values: np.ndarray, group: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Medians of N_BOOTSTRAP resamples, drawn by group because the tiles of one are not independent.
+    """Medians (N_BOOTSTRAP,) of resamples of values (n,), drawn by group: the tiles of a group are not independent.
 
-    Args:
-        values: (n,).
-        group: (n,), sim_id for tiles whose cosmologies differ, the patch of sky for those of one simulation.
-
-    Returns:
-        (N_BOOTSTRAP,)
+    The group (n,) is sim_id for tiles whose cosmologies differ, the patch of sky for those of one simulation.
     """
     groups = [values[group == one] for one in np.unique(group)]
     picks = rng.integers(len(groups), size=(N_BOOTSTRAP, len(groups)))
@@ -41,29 +36,24 @@ def augmentation_shift(
     batch_size: int,
     generator: torch.Generator,
 ) -> dict[str, Shift]:
-    """How far augmentation moves the summaries, in units of each tile's posterior sigma.
+    """How far augmentation moves the summaries of tiles that are not augmented, in units of their posteriors' sigma.
 
-    A summary estimates normalised theta, so its shift times theta_std over sigma is the shift of the
-    estimate in standard deviations. A compressor that is blind to the symmetries gives zero; what is
-    left comes from the seams that a roll makes and from turns not being isometries of a HEALPix face.
-
-    Args:
-        dataset: tiles that are not augmented, compressed.
-        posterior: their posteriors, in the same order.
-        theta_std: (d,).
+    A summary estimates normalised theta, so its shift times theta_std (d,) over sigma is the shift of the estimate in
+    standard deviations. A compressor that is blind to the symmetries gives zero; what is left comes from the seams that
+    a roll makes and from turns not being isometries of a HEALPix face.
 
     Returns:
         for "turns" (and flips), "rolls" and "all".
     """
     sigma = torch.from_numpy(posterior.sigma / theta_std)  # (n, d), normalised
-    tiles, result = dataset.tiles, {}
-    for name, kinds in {"turns": (True, False), "rolls": (False, True), "all": (True, True)}.items():
+    result = {}
+    for name, turns, rolls in (("turns", True, False), ("rolls", False, True), ("all", True, True)):
         shifts = []
-        for positions in torch.arange(len(tiles)).split(batch_size):
-            kappa, _ = tiles.__getitems__(positions)  # (B, n_bins, N, N)
+        for positions in torch.arange(len(dataset)).split(batch_size):
+            kappa, _ = dataset.tiles.__getitems__(positions)  # (B, n_bins, N, N)
             original, rows = dataset.compress(kappa), torch.arange(len(kappa))  # (B, d), (B,)
             for _ in range(N_AUGMENTATIONS):
-                symmetries = draw_symmetries(len(rows), kappa.shape[-1], generator, turns=kinds[0], rolls=kinds[1])
+                symmetries = draw_symmetries(len(rows), kappa.shape[-1], generator, turns=turns, rolls=rolls)
                 moved = dataset.compress(gather_augmented(kappa, rows, symmetries))
                 shifts.append((moved - original).cpu().double() / sigma[positions])
         shift = torch.cat(shifts)  # (n * N_AUGMENTATIONS, d)

@@ -25,8 +25,8 @@ CURE = "run stage 2 again, with --restart"
 class GaussianNPE(nn.Module):
     """Summary s -> q(theta | s) = N(mu(s), Cov(s)), everything in normalised theta.
 
-    The network gives mu and the lower Cholesky factor L of the precision, Cov^-1 = L L^T, with the
-    logarithm of L's diagonal as output. Then for d parameters
+    The network gives mu and the lower Cholesky factor L of the precision, Cov^-1 = L L^T, as the logarithm of L's
+    diagonal and the rest of L. Then for d parameters
 
         -ln q = |L^T (theta - mu)|^2 / 2 - sum_i ln L_ii + (d / 2) ln(2 pi)
         1 / sqrt(det Cov) = prod_i L_ii
@@ -67,26 +67,24 @@ class GaussianNPE(nn.Module):
 
 @dataclass(frozen=True)
 class Posterior:
-    """Gaussian posteriors of n tiles in physical units, float64.
+    """Gaussian posteriors of n tiles for d parameters in physical units, float64."""
 
-    Attributes:
-        params: names of the d parameters.
-        mu, cov: (n, d) and (n, d, d).
-        inverse_volume: 1 / sqrt(det cov), (n,).
-    """
+    params: tuple[str, ...]  # names
+    mu: np.ndarray  # (n, d)
+    cov: np.ndarray  # (n, d, d)
+    inverse_volume: np.ndarray  # 1 / sqrt(det cov), (n,)
 
-    params: tuple[str, ...]
-    mu: np.ndarray
-    cov: np.ndarray
-    inverse_volume: np.ndarray
+    @property
+    def of_fom(self) -> list[int]:
+        """Positions of Omega_m and S8 among the parameters; the others are marginalised over."""
+        return [self.params.index(name) for name in FOM_PARAMS]
 
     @property
     def fom(self) -> np.ndarray:
-        """Figure of Merit 1 / sqrt(det Cov(Omega_m, S8)), (n,), marginalised over all other parameters."""
-        two = [self.params.index(name) for name in FOM_PARAMS]
-        if len(self.params) == len(two):
+        """Figure of Merit 1 / sqrt(det Cov(Omega_m, S8)), (n,)."""
+        if len(self.params) == len(FOM_PARAMS):
             return self.inverse_volume
-        return 1 / np.sqrt(np.linalg.det(self.cov[:, two][:, :, two]))
+        return 1 / np.sqrt(np.linalg.det(self.cov[:, self.of_fom][:, :, self.of_fom]))
 
     @property
     def sigma(self) -> np.ndarray:
@@ -115,27 +113,15 @@ def predict_posterior(
     return Posterior(params, norm_stats.physical_theta(mu), cov, inverse_volume)
 
 
-def save_npe(
-    path: Path,
-    weights: list[dict[str, torch.Tensor]],
-    config: NPEConfig,
-    compressor_checkpoint: str,
-    epoch: int,
-    test_nll: float,
-) -> None:
+def save_npe(path: Path, members: list[GaussianNPE], config: NPEConfig, epoch: int, test_nll: float) -> None:
     """Write npe_best.ckpt: the weights of every member, and when the first was at its best."""
-    content = {
-        "members": weights,
-        "config": asdict(config),
-        "compressor_checkpoint": compressor_checkpoint,
-        "epoch": epoch,
-        "test_nll": test_nll,
-    }
-    save_checkpoint(path, KIND, content)
+    weights = [npe.state_dict() for npe in members]
+    about = {"compressor_checkpoint": config.compressor_checkpoint, "epoch": epoch, "test_nll": test_nll}
+    save_checkpoint(path, KIND, {"members": weights, "config": asdict(config), **about})
 
 
 def load_npe(path: Path, n_params: int, device: torch.device) -> list[GaussianNPE]:
-    """Read npe_best.ckpt: the members in evaluation mode; the Figure of Merit is that of the first.
+    """Read npe_best.ckpt: the members in evaluation mode, of which the first gives the Figure of Merit.
 
     Raises:
         UserError: not an NPE checkpoint.

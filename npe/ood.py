@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass, fields
 from functools import reduce
@@ -31,26 +30,16 @@ WARN_BELOW = 0.01  # tail probability
 
 @dataclass(frozen=True)
 class Reference:
-    """The tiles that the NPE learnt from, not augmented: what an ordinary tile looks like.
+    """The tiles that the NPE learnt from, not augmented: what an ordinary tile looks like."""
 
-    Attributes:
-        summary: (n, d), normalised units.
-        spectra: (n, n_features), from spectra_of.
-        theta: (n, d), physical units.
-        sim_id: (n,); tiles of one simulation share their cosmology.
-    """
-
-    summary: np.ndarray
-    spectra: np.ndarray
-    theta: np.ndarray
-    sim_id: np.ndarray
+    summary: np.ndarray  # (n, d), normalised units
+    spectra: np.ndarray  # (n, n_features), from spectra_of
+    theta: np.ndarray  # (n, d), physical units
+    sim_id: np.ndarray  # (n,); tiles of one simulation share their cosmology
 
 
 def columns_of_tests(n_bins: int) -> dict[str, slice]:
-    """Which columns of the spectra each test looks at.
-
-    First the bands of each bin's own spectrum, then those of all pairs of bins, then everything together.
-    """
+    """Which columns of the spectra each test looks at: a bin's bands, those of all pairs of bins, all together."""
     per_bin = N_BANDS + 1
     tests = {f"bin {i + 1}": slice(i * per_bin, (i + 1) * per_bin) for i in range(n_bins)}
     if n_bins > 1:
@@ -105,19 +94,13 @@ def look_at(dataset: CompressedTileDataset, lmax: int, batch_size: int) -> tuple
 
 def save_reference(path: Path, reference: Reference) -> str:
     """Write reference.npz; returns its SHA-256, by which fom_result.json knows that it is unchanged."""
-    content = io.BytesIO()
-    np.savez(content, **vars(reference))
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getvalue())
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **vars(reference))
     return sha256_of_file(path)
 
 
 def load_reference(path: Path, sha256: str) -> Reference:
-    """Read reference.npz.
-
-    Raises:
-        UserError: it is missing, or not the one with this hash.
-    """
+    """Read reference.npz; UserError if it is missing, or not the one with this hash."""
     if not path.exists() or sha256_of_file(path) != sha256:
         raise UserError(f"{path} is missing or not what stage 2 wrote; run stage 2 again")
     with np.load(path) as content:
@@ -144,8 +127,7 @@ class OutOfDistributionCheck:
             for name, distance in distances.items():
                 held_out[name][inside] = distance
         self.ordered = {name: np.sort(distance) for name, distance in held_out.items()}
-        smallest = np.min([self._tail(name, distance) for name, distance in held_out.items()], axis=0)
-        self.smallest = np.sort(smallest)
+        self.smallest = np.sort(np.min([self._tail(*one) for one in held_out.items()], axis=0))
 
     def _tail(self, name: str, distance: np.ndarray) -> np.ndarray:
         """Share of reference tiles at this distance or beyond, the tile itself counted: (m,)."""

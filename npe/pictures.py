@@ -20,43 +20,35 @@ RADIUS_68 = np.sqrt(-2 * np.log(1 - 0.683))
 MOST_ELLIPSES = 30  # of one colour; more cannot be told apart
 
 
-def _ellipse(mu: np.ndarray, cov: np.ndarray, radius: float, **style: Any) -> Ellipse:
-    """The contour of a Gaussian: mu (2,), cov (2, 2)."""
+def _ellipse(mu: np.ndarray, cov: np.ndarray, **style: Any) -> Ellipse:
+    """The 68 % contour of a Gaussian: mu (2,), cov (2, 2)."""
     value, vector = np.linalg.eigh(cov)
-    width, height = 2 * radius * np.sqrt(value)
+    width, height = 2 * RADIUS_68 * np.sqrt(value)
     angle = np.degrees(np.arctan2(vector[1, 0], vector[0, 0]))
-    return Ellipse((mu[0], mu[1]), width, height, angle=angle, **style)
-
-
-def _plane(params: tuple[str, ...]) -> list[int]:
-    """Positions of Omega_m and S8 among the parameters; the other parameters are marginalised over."""
-    return [params.index(name) for name in FOM_PARAMS]
+    return Ellipse((mu[0], mu[1]), width, height, angle=angle, lw=1, **style)
 
 
 def draw_fom(result: FomResult, path: Path) -> None:
     """Left, the posteriors of the fiducial tiles over the truth; right, their FoMs with median and scatter."""
     median, scatter = result.fom_fiducial_median, result.fom_fiducial_std or 0.0  # null for one tile
-    fom, two = np.array(result.fom_fiducial_all), _plane(result.params)
-    mus, covs = result.posterior.mu[:, two], result.posterior.cov[:, two][:, :, two]  # (n, 2), (n, 2, 2)
+    fom, posterior, two = np.array(result.fom_fiducial_all), result.posterior, result.posterior.of_fom
+    mus, covs = posterior.mu[:, two], posterior.cov[:, two][:, :, two]  # (n, 2), (n, 2, 2)
     theta_true, n = np.array(result.fiducial.theta_true)[two], len(fom)
     with figure(path, 9.6, 4.4) as drawn:
         left, right = drawn.subplots(1, 2, width_ratios=(1.15, 1))
         for mu, cov in zip(mus, covs, strict=True):
-            left.add_patch(_ellipse(mu, cov, RADIUS_68, facecolor=BLUE, edgecolor="none", alpha=0.07))
-            left.add_patch(_ellipse(mu, cov, RADIUS_68, facecolor="none", edgecolor=BLUE, lw=1.0, alpha=0.8))
+            left.add_patch(_ellipse(mu, cov, facecolor=(BLUE, 0.07), edgecolor=(BLUE, 0.8)))
         left.plot(*theta_true, "*", color=ORANGE, ms=16, mec="white", label="truth", zorder=5)
         left.plot([], [], color=BLUE, label=f"68 % posterior of each of {n} tiles")
-        sigma = np.sqrt(np.diagonal(covs, axis1=1, axis2=2))  # (n, 2)
-        half_width = 1.05 * np.max(np.abs(mus - theta_true) + RADIUS_68 * sigma, axis=0)
-        left.set_xlim(theta_true[0] - half_width[0], theta_true[0] + half_width[0])
-        left.set_ylim(theta_true[1] - half_width[1], theta_true[1] + 1.25 * half_width[1])
+        x, y = 1.05 * np.max(np.abs(mus - theta_true) + RADIUS_68 * posterior.sigma[:, two], axis=0)  # half widths
+        left.set_xlim(theta_true[0] - x, theta_true[0] + x)
+        left.set_ylim(theta_true[1] - y, theta_true[1] + 1.25 * y)
         left.set(xlabel=label_of(FOM_PARAMS[0]), ylabel=label_of(FOM_PARAMS[1]))
         left.set_title(f"Fiducial simulation, lmax {result.lmax}, {result.noise_level}")
         left.legend(loc="upper right")
 
         if n > 1:
-            band = (median - scatter, median + scatter)
-            right.axhspan(*band, color=BLUE, alpha=0.12, lw=0, label="tile-to-tile scatter")
+            right.axhspan(median - scatter, median + scatter, fc=(BLUE, 0.12), label="tile-to-tile scatter")
         right.axhline(median, color=BLUE, label=f"median {median:.0f}")
         right.plot(np.arange(n), fom, "o", color=ORANGE, ms=6, label="one tile")
         right.set_ylim(0, 1.3 * max(fom.max(), median + scatter))
@@ -75,18 +67,14 @@ def draw_calibration(calibration: Calibration, d2: np.ndarray, path: Path) -> No
         left.fill_between(levels, calibration.coverage_lo_16, calibration.coverage_hi_84, color=BLUE, alpha=0.2, lw=0)
         left.plot(levels, calibration.coverage, color=BLUE, label="this posterior, 68 % band")
         left.set(xlabel="credibility", ylabel="share of tiles with the truth inside", xlim=(0, 1), ylim=(0, 1))
-        left.set_title(
-            f"{calibration.verdict}: chi²/dof {calibration.chi2_per_dof:.2f} ± {calibration.chi2_per_dof_err:.2f}"
-        )
+        chi2_per_dof = f"{calibration.chi2_per_dof:.2f} ± {calibration.chi2_per_dof_err:.2f}"
+        left.set_title(f"{calibration.verdict}: chi²/dof {chi2_per_dof}")
         left.set_aspect("equal")
         left.legend(loc="upper left")
 
         top = 8 + 2.0 * d
-        edges = np.linspace(0, top, 25)
-        last = np.nextafter(top, 0)
-        right.hist(
-            np.minimum(d2, last), edges, density=True, color=BLUE, alpha=0.35, label="tiles (last bin: all above)"
-        )
+        edges, shown = np.linspace(0, top, 25), np.minimum(d2, np.nextafter(top, 0))
+        right.hist(shown, edges, density=True, color=BLUE, alpha=0.35, label="tiles (last bin: all above)")
         right.plot(edges, chi2(d).pdf(edges), color=ORANGE, label=rf"$\chi^2$, {d} degrees of freedom")
         right.set(xlabel="squared Mahalanobis distance of the truth", ylabel="density", xlim=(0, top))
         right.set_title(f"{len(d2)} tiles of {calibration.n_sims} simulations ({calibration.tiles})", fontsize=9)
@@ -95,28 +83,16 @@ def draw_calibration(calibration: Calibration, d2: np.ndarray, path: Path) -> No
 
 def draw_tiles(data: SplitTiles, path: Path) -> None:
     """A fiducial tile and the test tiles of lowest and highest S8, bin by bin; one colour scale for each bin."""
-    test, theta = data.test_ds.rows.numpy(), data.theta
+    test, theta, n_bins = data.test_ds.rows.numpy(), data.theta, data.tiles.n_bins
     s8 = theta[test, data.params.index("S8")]
-    rows = {
-        "fiducial": int(data.fiducial_ds.rows[0]),
-        "lowest S8": int(test[s8.argmin()]),
-        "highest S8": int(test[s8.argmax()]),
-    }
-    std = data.norm_stats.tile_std
-    n_bins = data.tiles.n_bins
+    rows = {"fiducial": data.fiducial_ds.rows[0], "lowest S8": test[s8.argmin()], "highest S8": test[s8.argmax()]}
     with figure(path, 1.0 + 2.5 * n_bins, 8.2) as drawn:
         grid = drawn.subplots(len(rows), n_bins, squeeze=False)
         for number, (line, (name, row)) in enumerate(zip(grid, rows.items(), strict=True)):
             values = ", ".join(f"{n} {v:.3f}" for n, v in zip(data.params, theta[row], strict=True))
             for k, axes in enumerate(line):
-                shown = axes.imshow(
-                    data.tiles.kappa[row, k],
-                    origin="lower",
-                    cmap="RdBu_r",
-                    vmin=-3 * std[k],
-                    vmax=3 * std[k],
-                    interpolation="none",
-                )
+                top, kappa = 3 * data.norm_stats.tile_std[k], data.tiles.kappa[row, k]
+                shown = axes.imshow(kappa, "RdBu_r", vmin=-top, vmax=top, origin="lower", interpolation="none")
                 axes.set(xticks=[], yticks=[], title=f"bin {k + 1}" if number == 0 else "")
                 if number == len(rows) - 1:
                     drawn.colorbar(shown, ax=grid[:, k], location="bottom", shrink=0.9, pad=0.02, label=r"$\kappa$")
@@ -124,15 +100,8 @@ def draw_tiles(data: SplitTiles, path: Path) -> None:
 
 
 def draw_predictions(posterior: Posterior, ordinary: np.ndarray, theta: np.ndarray, path: Path) -> None:
-    """Posteriors of tiles, those out of distribution in another colour, over the cosmologies learnt from.
-
-    Args:
-        posterior: of n tiles.
-        ordinary: bool (n,).
-        theta: (n_reference, d).
-        path: of the picture.
-    """
-    two = _plane(posterior.params)
+    """Posteriors of n tiles, ordinary (n,) or in another colour, over the cosmologies learnt from (n_reference, d)."""
+    two = posterior.of_fom
     mu, cov = posterior.mu[:, two], posterior.cov[:, two][:, :, two]  # (n, 2), (n, 2, 2)
     with figure(path, 5.2, 4.2) as drawn:
         axes = drawn.subplots()
@@ -140,7 +109,7 @@ def draw_predictions(posterior: Posterior, ordinary: np.ndarray, theta: np.ndarr
         for is_ordinary, colour, label in ((True, BLUE, "ordinary"), (False, ORANGE, "out of distribution")):
             some = np.flatnonzero(ordinary == is_ordinary)
             for i in some[:MOST_ELLIPSES]:
-                axes.add_patch(_ellipse(mu[i], cov[i], RADIUS_68, facecolor="none", edgecolor=colour, lw=1))
+                axes.add_patch(_ellipse(mu[i], cov[i], facecolor="none", edgecolor=colour))
             if len(some):
                 more = f", {MOST_ELLIPSES} of them drawn" if len(some) > MOST_ELLIPSES else ""
                 axes.plot(*mu[some[:MOST_ELLIPSES]].T, ".", color=colour, label=f"{len(some)} {label}{more}")
@@ -155,20 +124,13 @@ def draw_curve(result: SweepResult, path: Path) -> None:
         np.array([getattr(row, name) or 0.0 for row in result.curve])
         for name in ("fom", "std_over_tiles", "std_over_seeds")
     )
-    finished = [point for point in result.points if "error" not in point]
     with figure(path, 6.4, 4.4) as drawn:
         axes = drawn.subplots()
         # Bars rather than a band: there may be one lmax alone.
         axes.errorbar(lmax, fom, tiles, fmt="none", ecolor=BLUE, elinewidth=8, alpha=0.2, label="scatter over tiles")
         axes.errorbar(lmax, fom, seeds, fmt="o-", color=BLUE, capsize=4, label="mean and scatter over seeds")
-        axes.plot(
-            [point["lmax"] for point in finished],
-            [point["fom_fiducial_median"] for point in finished],
-            ".",
-            color=ORANGE,
-            label="one run",
-            zorder=3,
-        )
+        runs = [(point["lmax"], point["fom_fiducial_median"]) for point in result.points if "error" not in point]
+        axes.plot(*zip(*runs, strict=True), ".", color=ORANGE, label="one run", zorder=3)
         axes.set_ylim(0, 1.25 * (fom + np.maximum(tiles, seeds)).max())
         axes.set_xticks(lmax)
         axes.set(xlabel="lmax", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")

@@ -9,25 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from data.dataset import whole_dataset
 
-from common.artifacts import COMPRESSOR_RUNS, atomic_path, make_empty_folder, write_json
+from common.artifacts import COMPRESSOR_RUNS, atomic_path, make_empty_folder, sha256_of_file, write_json
 from common.device import describe_device, pick_device, precision_of
 from common.errors import UserError, warn
 from common.results import key
 from common.versions import versions
 from compress.model import TrainedCompressor, load_compressor
-from data.norm_stats import NormStats, read_norm_stats
+from data.dataset import whole_dataset
+from data.norm_stats import NORM_STATS_NAME, NormStats, read_norm_stats
 from data.schema import LABELS, nside_of
 from data.single_tiles import SingleTiles, read_single_tiles
 from npe.compressed import CompressedTileDataset
 from npe.config import PredictConfig
 from npe.model import CHECKPOINT_NAME, Posterior, load_npe, predict_posterior
-from npe.ood import REFERENCE_NAME, WARN_BELOW, OutOfDistributionCheck, load_reference, look_at
+from npe.ood import REFERENCE_NAME, WARN_BELOW, OutOfDistributionCheck, Reference, load_reference, look_at
 from npe.pictures import draw_predictions
 from npe.result import FomResult, read_fom_result
 
 BATCH_SIZE = 128
+ORDINARY = "ordinary"
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,6 @@ class Prediction:
     fom: float = key("its Figure of Merit")
     tail_probability: dict[str, float] = key("by test, and `all`, see [data](data.md)")
     verdict: str = key("`ordinary`, or `out of distribution` and why")
-
-    @property
-    def is_ordinary(self) -> bool:
-        """Whether its posterior can be trusted."""
-        return self.tail_probability["all"] >= WARN_BELOW
 
 
 @dataclass(frozen=True)
@@ -65,91 +61,92 @@ class PredictResult:
     config: dict[str, Any] = key("every option")
 
 
+@dataclass(frozen=True)
+class _FinishedRun:
+    """A stage-2 run and what it was made with."""
+
+    folder: Path
+    result: FomResult
+    compressor: TrainedCompressor
+    norm_stats: NormStats
+    reference: Reference
+    device: torch.device
+
+
 def predict_tiles(config: PredictConfig, on_checkpoint: Callable[[], None] = lambda: None) -> PredictResult:
-    """Posteriors of the tiles of a file, from a finished stage-2 run.
-
-    Args:
-        config: all options.
-        on_checkpoint: called at the end (Modal commits its Volume).
-
-    Returns:
-        the content of predict.json.
+    """Posteriors of the tiles of a file, from a finished stage-2 run; `on_checkpoint` is called at the end.
 
     Raises:
         UserError: an unfinished or changed run, or a tile that is not whole.
     """
-    run = Path(config.run)
-    stage_2 = read_fom_result(run)
-    device = pick_device(config.device)
-    compressor, home = _compressor_of(stage_2, run, device)
-    norm_stats = read_norm_stats(home)
-    if norm_stats.sha256 != compressor.norm_stats_sha256:
-        raise UserError(f"{home / 'norm_stats.json'} is not what {home} was trained with; restore it")
-    lmax = compressor.config.lmax
-    nside = nside_of(lmax, compressor.config.nside)
-    tiles = read_single_tiles(Path(config.tiles), lmax, nside, compressor.model.n_bins)
-    posterior, tail = _answer(tiles, run, stage_2, compressor, norm_stats, device)
+    run = _read_run(Path(config.run), pick_device(config.device))
+    stage_1 = run.compressor.config
+    nside = nside_of(stage_1.lmax, stage_1.nside)
+    tiles = read_single_tiles(Path(config.tiles), stage_1.lmax, nside, run.compressor.model.n_bins)
+    posterior, tail = _answer(run, tiles)
 
-    folder = _folder_of(config, run)
+    home = (
+        Path(config.results_dir, "predictions", run.folder.name) if config.results_dir else run.folder / "predictions"
+    )
+    folder = home / Path(config.tiles).stem
     make_empty_folder(folder)
     predictions = [_of_tile(name, i, posterior, tail) for i, name in enumerate(tiles.names)]
+    odd = [prediction for prediction in predictions if prediction.verdict != ORDINARY]
     result = PredictResult(
-        run=str(run),
+        run=str(run.folder),
         tiles=config.tiles,
-        lmax=lmax,
-        noise_level=compressor.config.noise_level,
+        lmax=stage_1.lmax,
+        noise_level=stage_1.noise_level,
         theta=list(posterior.params),
         predictions=predictions,
-        n_out_of_distribution=sum(not prediction.is_ordinary for prediction in predictions),
+        n_out_of_distribution=len(odd),
         folder=str(folder),
-        device=describe_device(device),
+        device=describe_device(run.device),
         versions=versions(),
         config=asdict(config),
     )
     if config.n_samples:
         write_samples(folder, posterior, config.n_samples, config.seed)
-    theta = load_reference(run / REFERENCE_NAME, stage_2.reference_sha256).theta
-    draw_predictions(posterior, tail["all"] >= WARN_BELOW, theta, folder / "predictions.png")
+    draw_predictions(posterior, tail["all"] >= WARN_BELOW, run.reference.theta, folder / "predictions.png")
     write_json(folder / "predict.json", asdict(result))
-    for prediction in predictions:
-        if not prediction.is_ordinary:
-            warn(f"tile {prediction.tile} is {prediction.verdict}; do not trust its posterior before you know why")
+    for prediction in odd:
+        warn(f"tile {prediction.tile} is {prediction.verdict}; do not trust its posterior before you know why")
     on_checkpoint()
     return result
 
 
-def _compressor_of(stage_2: FomResult, run: Path, device: torch.device) -> tuple[TrainedCompressor, Path]:
-    """The compressor of a stage-2 run, and the folder of its run: where it was, or beside this run."""
-    named = stage_2.compressor_checkpoint
-    places = [Path(stage_2.config["ckpt"]), run.resolve().parent.parent / COMPRESSOR_RUNS / named]
-    for path in places:
-        if path.exists():
-            # Not as the option says: `auto` may mean another one here.
-            compressor = load_compressor(path, device, precision_of(stage_2.precision))
-            if compressor.sha256 == stage_2.compressor.sha256:
-                return compressor, path.parent
-    raise UserError(f"the compressor of {run} ({named}) is neither {places[0]} nor {places[1]}; put it back")
+def _read_run(folder: Path, device: torch.device) -> _FinishedRun:
+    """A finished run, whose compressor is where it was, or beside the run if both were moved.
+
+    Raises:
+        UserError: one of its files is missing or was changed.
+    """
+    result = read_fom_result(folder)
+    reference = load_reference(folder / REFERENCE_NAME, result.reference_sha256)
+    moved = folder.resolve().parent.parent / COMPRESSOR_RUNS / result.compressor_checkpoint
+    for path in (Path(result.config["ckpt"]), moved):
+        if path.exists() and sha256_of_file(path) == result.compressor.sha256:
+            break
+    else:
+        raise UserError(f"neither {result.config['ckpt']} nor {moved} is the compressor of {folder}; put it back")
+    # Not the precision of the option: `auto` may mean another one here.
+    compressor = load_compressor(path, device, precision_of(result.precision))
+    norm_stats = read_norm_stats(path.parent)
+    if norm_stats.sha256 != compressor.norm_stats_sha256:
+        raise UserError(f"{path.with_name(NORM_STATS_NAME)} is not what the compressor was trained with; restore it")
+    return _FinishedRun(folder, result, compressor, norm_stats, reference, device)
 
 
-def _answer(
-    tiles: SingleTiles,
-    run: Path,
-    stage_2: FomResult,
-    compressor: TrainedCompressor,
-    norm_stats: NormStats,
-    device: torch.device,
-) -> tuple[Posterior, dict[str, np.ndarray]]:
+def _answer(run: _FinishedRun, tiles: SingleTiles) -> tuple[Posterior, dict[str, np.ndarray]]:
     """Posteriors of n tiles, and their tail probabilities (n,) by test."""
-    reference = load_reference(run / REFERENCE_NAME, stage_2.reference_sha256)
-    if len(reference.summary) + 1 < 1 / WARN_BELOW:
-        warn(f"{run} learnt from {len(reference.summary)} tiles, too few to tell whether a tile is out of distribution")
-    params = stage_2.params
-    source = whole_dataset(tiles, params, norm_stats, device, compressor.model.dtype)
-    summary, spectra = look_at(CompressedTileDataset(source, compressor.model), compressor.config.lmax, BATCH_SIZE)
-    npe = load_npe(run / CHECKPOINT_NAME, len(params), device)[0]
-    posterior = predict_posterior(npe, torch.from_numpy(summary).float().to(device), params, norm_stats)
-    check = OutOfDistributionCheck(reference, tiles.n_bins)
-    return posterior, check.tail_probabilities(summary, spectra)
+    params, model, n = run.result.params, run.compressor.model, len(run.reference.summary)
+    if n + 1 < 1 / WARN_BELOW:
+        warn(f"{run.folder} learnt from {n} tiles, too few to tell whether a tile is out of distribution")
+    dataset = CompressedTileDataset(whole_dataset(tiles, params, run.norm_stats, run.device, model.dtype), model)
+    summary, spectra = look_at(dataset, run.compressor.config.lmax, BATCH_SIZE)
+    npe = load_npe(run.folder / CHECKPOINT_NAME, len(params), run.device)[0]
+    posterior = predict_posterior(npe, torch.from_numpy(summary).float().to(run.device), params, run.norm_stats)
+    return posterior, OutOfDistributionCheck(run.reference, tiles.n_bins).tail_probabilities(summary, spectra)
 
 
 def _of_tile(name: str, i: int, posterior: Posterior, tails: dict[str, np.ndarray]) -> Prediction:
@@ -163,7 +160,7 @@ def _of_tile(name: str, i: int, posterior: Posterior, tails: dict[str, np.ndarra
         sigma=posterior.sigma[i].tolist(),
         fom=float(posterior.fom[i]),
         tail_probability=tail,
-        verdict="ordinary" if tail["all"] >= WARN_BELOW else why,
+        verdict=ORDINARY if tail["all"] >= WARN_BELOW else why,
     )
 
 
@@ -182,8 +179,3 @@ def write_samples(folder: Path, posterior: Posterior, n_samples: int, seed: int)
             np.savetxt(temporary, np.column_stack([np.ones(n_samples), minus_ln_q, theta]), fmt="%.7g")
         with atomic_path(folder / f"tile_{i:04d}.paramnames") as temporary:
             temporary.write_text(names, encoding="utf-8")
-
-
-def _folder_of(config: PredictConfig, run: Path) -> Path:
-    name = Path(config.tiles).stem
-    return Path(config.results_dir, "predictions", run.name, name) if config.results_dir else run / "predictions" / name

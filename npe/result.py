@@ -82,9 +82,7 @@ class Calibration:
     z_mean_err: list[float] = key("its error")
     z_std: list[float] = key("scatter of (mu - theta)/σ, per parameter; 1 if calibrated")
     z_std_err: list[float] = key("its error")
-    chi2_per_dof: float = key(
-        "mean squared Mahalanobis distance per parameter; 1 if calibrated, above 1 if the posteriors are too narrow"
-    )
+    chi2_per_dof: float = key("mean squared Mahalanobis distance per parameter; 1 if calibrated, above 1 if too narrow")
     chi2_per_dof_err: float = key("its error")
     fom_rescaled: float = key("the FoM if all covariances were chi2_per_dof times as large")
     levels: list[float] = key("credibility levels of the coverage")
@@ -131,10 +129,7 @@ class SweepResult:
 
     noise_level: str = key("shape noise of the tiles")
     curve: list[CurvePoint] = key("one entry per lmax")
-    points: list[dict[str, Any]] = key(
-        "one entry per run: `lmax`, `seed`, `tag`, and `fom_fiducial_median`, `fom_fiducial_std`, `fom_test_median`, "
-        "`chi2_per_dof`; or `error`"
-    )
+    points: list[dict[str, Any]] = key("one entry per run: `lmax`, `seed`, `tag`, FoMs and `chi2_per_dof`; or `error`")
     failed: list[str] = key("tags of the runs that failed")
     folder: str = key("folder of the sweep")
     versions: dict[str, str] = key("commit of this code, Python and the packages")
@@ -166,16 +161,12 @@ class FomResult:
     compressor: CompressorUsed = key("the compressor")
     reference_sha256: str = key("hash of reference.npz")
     manifest_sha256: str = key("hash of split_manifest.json")
-    fingerprints: dict[str, str | None] = key(
-        "SHA-256 of the data: `tiles`, `noiseless_tiles`, `calibration_tiles`; null if not given"
-    )
+    fingerprints: dict[str, str | None] = key("SHA-256 of `tiles`, `noiseless_tiles`, `calibration_tiles`, or null")
     folder: str = key("folder of the run")
     elapsed_s: float = key("seconds of training, over all interruptions")
     device: str = key("hardware")
     precision: str = key("of the compressor's arithmetic: float32 or bfloat16")
-    versions: dict[str, str] = key(
-        "`commit` of this code (with `+changes` if a tracked file differs), Python and the packages"
-    )
+    versions: dict[str, str] = key("`commit` of this code (`+changes` if a tracked file differs), Python, packages")
     config: dict[str, Any] = key("every option")
 
     @property
@@ -192,9 +183,5 @@ class FomResult:
 
 
 def read_fom_result(folder: Path) -> FomResult:
-    """The result of a stage-2 run.
-
-    Raises:
-        UserError: there is none, it was changed, or another version wrote it.
-    """
+    """The result of a stage-2 run; UserError if there is none, it was changed, or another version wrote it."""
     return read_result(folder / RESULT_NAME, FomResult, "stage 2")

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from common.artifacts import (
-    COMPRESSOR_RUNS,
-    NPE_RUNS,
-    make_empty_folder,
-    named_folder,
-    refuse_finished_run,
-    tiles_folder,
-)
+import compress.stage
+from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, make_empty_folder, named_folder, refuse_finished_run
 from common.device import name_of_dtype, pick_device, seeded_generator
-from common.errors import UserError, warn
+from common.errors import UserError
 from common.lock import exclusive
-from common.progress import METRICS_NAME
+from common.options import flag_of
 from common.results import write_result
 from common.resume import LastCheckpoint
-from compress.memory import bytes_of_a_step
 from compress.model import TrainedCompressor, load_compressor
 from compress.pictures import draw_loss_curves
 from data.cache import read_tiles_through_cache
-from data.module import SplitTiles, TileDataModule
+from data.module import SplitTiles
 from data.norm_stats import NORM_STATS_NAME, read_norm_stats
-from data.schema import nside_of
 from data.split import MANIFEST_NAME, read_manifest
 from data.tiles import Tiles
 from npe.compressed import CompressedTileDataModule
 from npe.config import NPEConfig
-from npe.evaluate import FomEvaluation, checkpoint_name, evaluate_npe
+from npe.evaluate import NPERun, evaluate_npe
 from npe.model import CHECKPOINT_NAME
 from npe.pictures import draw_calibration, draw_fom, draw_tiles
 from npe.report import write_report
@@ -42,24 +35,16 @@ from npe.train import train
 
 
 def run_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: None) -> FomResult:
-    """Run stage 2.
-
-    Args:
-        config: all options.
-        on_checkpoint: called after each file that must not be lost is written (Modal commits its Volume).
-
-    Returns:
-        the content of fom_result.json.
+    """Run stage 2; `on_checkpoint` is called after each file that must not be lost (Modal commits its Volume).
 
     Raises:
         UserError: bad input, tiles that stage 1 did not see, no fiducial tiles, a finished run of the same
             tag, or a loss that is not finite.
     """
     device = pick_device(config.device)
-    compressor_run = Path(config.ckpt).parent
     compressor = load_compressor(Path(config.ckpt), device, config.precision)
     _check_against(config, compressor)
-    results_dir = config.results_dir or _results_dir_of(compressor_run)
+    results_dir = config.results_dir or _results_dir_of(Path(config.ckpt).parent)
     folder = Path(results_dir, NPE_RUNS, config.tag or compressor.config.run_tag)
     with exclusive(folder):
         refuse_finished_run(folder, RESULT_NAME, config.restart)
@@ -72,36 +57,27 @@ def run_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: None)
 
         augment = seeded_generator(config.seed, "npe augment")
         compressed = CompressedTileDataModule(data, compressor.model, augment)
-        members = train(compressed, augment, len(data.params), config, checkpoint_name(config), last)
-        evaluation = evaluate_npe(config, compressor, data, fresh, compressed, members, last)
-        _write(evaluation, data, folder, compressor_run)
+        members = train(compressed, config, last)
+        result, d2 = evaluate_npe(NPERun(config, compressor, data, compressed, fresh, last), members)
+        _write(result, d2, data, folder, Path(config.ckpt).parent)
         last.path.unlink(missing_ok=True)
         on_checkpoint()
-    return evaluation.result
+    return result
 
 
 def _results_dir_of(compressor_run: Path) -> Path:
-    """The results folder that a stage-1 run lies in: results/field_compressor_runs/{tag}.
-
-    Raises:
-        UserError: the checkpoint lies elsewhere.
-    """
-    parent = compressor_run.parent
-    if parent.name != COMPRESSOR_RUNS:
-        parent = compressor_run.resolve().parent  # --ckpt best.ckpt, given from inside the folder
-    if parent.name != COMPRESSOR_RUNS:
-        raise UserError(f"--ckpt does not lie in a {COMPRESSOR_RUNS} folder; say with --results-dir where to write")
-    return parent.parent
+    """The results folder of a stage-1 run, results/field_compressor_runs/{tag}."""
+    for run in (compressor_run, compressor_run.resolve()):  # --ckpt best.ckpt may be given from inside the folder
+        if run.parent.name == COMPRESSOR_RUNS:
+            return run.parent.parent
+    raise UserError(f"--ckpt does not lie in a {COMPRESSOR_RUNS} folder; say with --results-dir where to write")
 
 
 def _check_against(config: NPEConfig, compressor: TrainedCompressor) -> None:
     for name in ("lmax", "noise_level"):
-        wanted, found = getattr(config, name), getattr(compressor.config, name)
-        if wanted is not None and wanted != found:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{flag} {wanted}, but {config.ckpt} was trained at {found}; leave {flag} out or give another --ckpt"
-            )
+        given, found = getattr(config, name), getattr(compressor.config, name)
+        if given not in (None, found):
+            raise UserError(f"{flag_of(name)} {given}: {config.ckpt} was trained at {found}; give another --ckpt")
 
 
 def read_tiles(
@@ -119,70 +95,46 @@ def read_tiles(
         (NORM_STATS_NAME, norm_stats.sha256, compressor.norm_stats_sha256),
     ):
         if found != wanted:
-            raise UserError(
-                f"{compressor_run / name} is not what {config.ckpt} was trained with; restore it or run stage 1 again"
-            )
+            raise UserError(f"{compressor_run / name} is not what the compressor was trained with; restore it")
     if len(manifest.splits["fiducial"]) == 0:
         raise UserError(
-            f"the data set of {config.ckpt} has no simulation {manifest.fiducial_sim_id}, so there is no fiducial FoM; "
-            "add it to the tiles, or choose another with --fiducial-sim-id, and run stage 1 again"
+            f"{config.ckpt}: its tiles have no simulation {manifest.fiducial_sim_id}, so there is no fiducial FoM; "
+            "run stage 1 again with another --fiducial-sim-id"
         )
-    lmax, level, dtype = stage_1.lmax, stage_1.noise_level, compressor.model.dtype
-    noiseless = config.noiseless_tiles or stage_1.noiseless_tiles
-    nside = nside_of(lmax, stage_1.nside)
-    data = TileDataModule(
-        tiles_folder(config.tiles_dir or stage_1.tiles_dir, results_dir, lmax, level),
+    here = replace(
         stage_1,
-        stage_1.theta_names,
-        device=device,
-        dtype=dtype,
+        results_dir=str(results_dir),
+        tiles_dir=config.tiles_dir or stage_1.tiles_dir,
+        noiseless_tiles=config.noiseless_tiles or stage_1.noiseless_tiles,
         tiles_on=config.tiles_on,
-        reserve=partial(bytes_of_a_step, stage_1.backbone, dtype, config.batch_size, nside, training=False),
-        noiseless_dir=named_folder(noiseless, lmax, level) if noiseless else None,
-        manifest=manifest,
-        norm_stats=norm_stats,
-    ).setup()
-    for warning in data.audit.warnings():
-        warn(warning)
-    return data
+        batch_size=config.batch_size,
+    )
+    return compress.stage.read_tiles(here, device, compressor.model.dtype, manifest, norm_stats)
 
 
 def read_calibration_tiles(config: NPEConfig, data: SplitTiles) -> Tiles | None:
-    """The tiles of --calibration-tiles.
-
-    Raises:
-        UserError: bad shards, or simulations that this run was trained on.
-    """
+    """The tiles of --calibration-tiles; UserError for bad shards, or simulations that this run was trained on."""
     if not config.calibration_tiles:
         return None
     folder = named_folder(config.calibration_tiles, data.lmax, data.tiles.noise_level)
     tiles, _ = read_tiles_through_cache(folder, data.lmax, data.tiles.noise_level, data.nside)
-    seen = set(map(tuple, data.tiles.params.tolist()))
-    if any(tuple(row) in seen for row in tiles.params.tolist()):
+    if not set(map(tuple, data.tiles.params.tolist())).isdisjoint(map(tuple, tiles.params.tolist())):
         raise UserError(
-            f"{config.calibration_tiles} shares cosmologies with the training tiles; "
-            "give independent simulations as --calibration-tiles (python run_mock.py --fresh makes such)"
+            f"--calibration-tiles {config.calibration_tiles} shares cosmologies with the training tiles; "
+            "give independent simulations (python run_mock.py --fresh makes some)"
         )
     if tiles.n_bins != data.tiles.n_bins:
-        raise UserError(f"{config.calibration_tiles} has {tiles.n_bins} bins, the run's tiles have {data.tiles.n_bins}")
+        raise UserError(f"--calibration-tiles has {tiles.n_bins} bins, the run's tiles have {data.tiles.n_bins}")
     return tiles
 
 
-def _write(evaluation: FomEvaluation, data: SplitTiles, folder: Path, compressor_run: Path) -> None:
-    """Pictures and report, then fom_result.json: where it stands, the run is finished."""
-    result = evaluation.result
+def _write(result: FomResult, d2: np.ndarray, data: SplitTiles, folder: Path, compressor_run: Path) -> None:
+    """Pictures and report, then fom_result.json: a run that has it is finished."""
     draw_fom(result, folder / "fom.png")
-    draw_calibration(result.calibration, evaluation.d2, folder / "calibration.png")
-    draw_loss_curves(
-        folder / METRICS_NAME,
-        folder / "loss_curves.png",
-        "Gaussian NPE",
-        "negative log-likelihood of normalised theta",
-        train=("train_nll", "training (augmented)"),
-        validation=("test_nll", "test split (early stopping)"),
-        best_epoch=result.npe.best_epoch,
-        log=False,
-    )
+    draw_calibration(result.calibration, d2, folder / "calibration.png")
+    curves = {"train_nll": "training (augmented)", "test_nll": "test split (early stopping)"}
+    title = "Gaussian NPE: negative log-likelihood of normalised theta"
+    draw_loss_curves(folder, title, curves, result.npe.best_epoch)
     draw_tiles(data, folder / "tiles.png")
     write_report(result, folder, compressor_run)
     write_result(folder / RESULT_NAME, result)

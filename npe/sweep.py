@@ -10,15 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.artifacts import (
-    COMPRESSOR_RUNS,
-    NPE_RUNS,
-    SWEEPS,
-    named_folder,
-    sha256_of_file,
-    tiles_folder,
-    write_json,
-)
+from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, SWEEPS, named_folder, sha256_of_file, tiles_folder, write_json
 from common.errors import UserError, say
 from common.lock import exclusive
 from common.options import difference, identity
@@ -43,18 +35,7 @@ CURVE_NAME, PICTURE_NAME = "fom_vs_lmax.json", "fom_vs_lmax.png"
 
 
 def run_sweep(config: SweepConfig, on_checkpoint: Callable[[], None] = lambda: None) -> SweepResult:
-    """Every point, one after the other, and the curve.
-
-    Args:
-        config: all options.
-        on_checkpoint: as in run_compressor.
-
-    Returns:
-        the content of fom_vs_lmax.json.
-
-    Raises:
-        UserError: no point at all succeeded.
-    """
+    """Every point, one after the other, and the curve; UserError if no point succeeded."""
     with exclusive(Path(config.results_dir, SWEEPS, config.name)):
         return _curve(config, [run_point(run, on_checkpoint) for run in config.runs], on_checkpoint)
 
@@ -69,30 +50,23 @@ def sweep_side_by_side(
 
 
 def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -> FomResult | Exception:
-    """Both stages of one point; a finished stage is kept, an interrupted one resumes.
+    """Both stages of one point: the result, or what went wrong, since the other points do not depend on it.
 
-    Args:
-        run: lmax, seed and options.
-        on_checkpoint: as in run_compressor.
-
-    Returns:
-        the result, or what went wrong: a sweep goes on without a point that failed.
+    A finished stage is kept, and an interrupted one resumes.
     """
     try:
         compressor, folder = run.compressor(), Path(run.sweep.results_dir, COMPRESSOR_RUNS, run.tag)
         path = folder / COMPRESSOR_RESULT_NAME
         stage_1 = read_result(path, CompressorResult, "stage 1") if path.exists() else None
-        if not _is_finished(path, stage_1, compressor, compressor):
+        if stage_1 is None or not _is_kept(stage_1, compressor, compressor):
             run_compressor(compressor, on_checkpoint)
-        npe = run.npe(str(folder / CHECKPOINT_NAME))
-        path = Path(run.sweep.results_dir, NPE_RUNS, run.tag) / RESULT_NAME
-        stage_2 = read_fom_result(path.parent) if path.exists() else None
-        of_another = stage_2 is not None and stage_2.compressor.sha256 != sha256_of_file(Path(npe.ckpt))
-        if of_another or not _is_finished(path, stage_2, npe, compressor):
-            # --restart, because the folder may hold a run of a compressor that stage 1 has replaced.
-            run_npe(replace(npe, restart=True), on_checkpoint)
-        return read_fom_result(path.parent)
-    except Exception as error:  # whatever it is, the other points do not depend on it
+        npe, folder = run.npe(str(folder / CHECKPOINT_NAME)), Path(run.sweep.results_dir, NPE_RUNS, run.tag)
+        done = read_fom_result(folder) if (folder / RESULT_NAME).exists() else None
+        if done and done.compressor.sha256 == sha256_of_file(Path(npe.ckpt)) and _is_kept(done, npe, compressor):
+            return done
+        # --restart, because the folder may hold a run of a compressor that stage 1 has replaced.
+        return run_npe(replace(npe, restart=True), on_checkpoint)
+    except Exception as error:
         say(f"error: {run.tag}: {_in_words(error)}")
         return error
 
@@ -101,47 +75,36 @@ def _in_words(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def _is_finished(
-    path: Path,
-    result: CompressorResult | FomResult | None,
-    config: CompressorConfig | NPEConfig,
-    compressor: CompressorConfig,
+def _is_kept(
+    result: CompressorResult | FomResult, config: CompressorConfig | NPEConfig, compressor: CompressorConfig
 ) -> bool:
-    """Whether a stage has its result, from the same options and data, and with --restart by the same code.
+    """Whether a result has the same options and data, and with --restart the same code.
 
     Raises:
-        UserError: it has one from others, and not --restart.
+        UserError: the options or the data are others, and not --restart.
     """
-    if result is None:
-        return False
     differs = difference(identity(type(config), result.config), identity(type(config), asdict(config)))
-    if not differs:
-        differs = difference(result.fingerprints, _fingerprints(config, compressor))
-    if config.restart:
-        return not differs and result.versions.get("commit") == COMMIT
-    if differs:
-        raise UserError(
-            f"{path} was made from others ({differs}); give the same, --restart in the quotes, or another --name"
-        )
-    return True
+    differs = differs or difference(result.fingerprints, _fingerprints(config, compressor))
+    if differs and not config.restart:
+        cure = "give the same, --restart in the quotes, or another --name"
+        raise UserError(f"{result.folder} was made from others ({differs}); {cure}")
+    return not differs and (not config.restart or result.versions.get("commit") == COMMIT)
 
 
 def _fingerprints(config: CompressorConfig | NPEConfig, compressor: CompressorConfig) -> dict[str, str | None]:
     """Of the tiles that a stage would read now, as its result has them."""
-    level = compressor.noise_level
-
-    def of(text: str, noise_level: str) -> str | None:
-        if not text:
-            return None
-        folder = named_folder(text, compressor.lmax, level)
-        return fingerprint_of(read_tiles_through_cache(folder, compressor.lmax, noise_level, compressor.nside)[0])
-
-    tiles = tiles_folder(config.tiles_dir or compressor.tiles_dir, config.results_dir, compressor.lmax, level)
-    found = {
-        "tiles": of(str(tiles), level),
-        "noiseless_tiles": of(config.noiseless_tiles or compressor.noiseless_tiles, NOISELESS),
-    }
-    return found | ({"calibration_tiles": of(config.calibration_tiles, level)} if isinstance(config, NPEConfig) else {})
+    lmax, level = compressor.lmax, compressor.noise_level
+    tiles = tiles_folder(config.tiles_dir or compressor.tiles_dir, config.results_dir, lmax, level)
+    folders = {"tiles": str(tiles), "noiseless_tiles": config.noiseless_tiles or compressor.noiseless_tiles}
+    if isinstance(config, NPEConfig):
+        folders["calibration_tiles"] = config.calibration_tiles
+    found: dict[str, str | None] = dict.fromkeys(folders)
+    for name, folder in folders.items():
+        if folder:
+            noise = NOISELESS if name == "noiseless_tiles" else level
+            read, _ = read_tiles_through_cache(named_folder(folder, lmax, level), lmax, noise, compressor.nside)
+            found[name] = fingerprint_of(read)
+    return found
 
 
 def _curve(
@@ -155,8 +118,8 @@ def _curve(
             figures: dict[str, Any] = {"error": _in_words(outcome)}
         else:
             by_lmax[run.lmax].append(outcome)
-            keys = ("fom_fiducial_median", "fom_fiducial_std", "fom_test_median")
-            figures = {key: getattr(outcome, key) for key in keys}
+            names = ("fom_fiducial_median", "fom_fiducial_std", "fom_test_median")
+            figures = {name: getattr(outcome, name) for name in names}
             figures["chi2_per_dof"] = outcome.calibration.chi2_per_dof
         points.append({"lmax": run.lmax, "seed": run.seed, "tag": run.tag, **figures})
     if not by_lmax:

@@ -5,36 +5,29 @@ from __future__ import annotations
 import time
 
 import torch
-from data.dataset import batches, names_of_batch
 
 from common.device import seeded_generator
 from common.errors import UserError
 from common.progress import Progress
 from common.resume import LastCheckpoint, Part, Position
+from data.dataset import batches, names_of_batch
 from npe.compressed import CompressedTileDataModule, compress_all
 from npe.config import NPEConfig
 from npe.ensemble import Member, make_members
 from npe.model import save_npe
 
 
-def train(
-    compressed: CompressedTileDataModule,
-    augment: torch.Generator,
-    n_params: int,
-    config: NPEConfig,
-    compressor_checkpoint: str,
-    last: LastCheckpoint,
-) -> list[Member]:
+def train(compressed: CompressedTileDataModule, config: NPEConfig, last: LastCheckpoint) -> list[Member]:
     """Train; write npe_best.ckpt, last.ckpt and metrics.jsonl (the first member's losses); resume from last.ckpt.
 
     AdamW treats every weight by itself, so members that share an optimiser and the sum of their losses learn
     exactly what each would learn alone. The loop ends when the last of them has stopped.
     """
-    members = make_members(config.n_members, n_params, config.seed, config.patience, last.device)
+    members = make_members(config, compressed.n_params, last.device)
     parameters = [p for member in members for p in member.npe.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     parts: dict[str, Part] = {"optimizer": optimizer} | {f"member {k}": member for k, member in enumerate(members)}
-    at = last.restore(parts, {"augment": augment})
+    at = last.restore(parts, {"augment": compressed.augment})
 
     with Progress("training the NPE", config.max_epochs, "epochs") as progress, last.saved_when_interrupted():
         progress.advance(at.epoch)
@@ -56,8 +49,7 @@ def train(
             better = [member.update(loss, at.epoch) for member, loss in zip(members, test_nll.tolist(), strict=True)]
             first = members[0].stopper
             if any(better):
-                weights = [member.best for member in members]
-                save_npe(last.best, weights, config, compressor_checkpoint, first.best_epoch, first.best_loss)
+                save_npe(last.best, [member.best for member in members], config, first.best_epoch, first.best_loss)
             losses = {"train_nll": float(train_nll[0]), "test_nll": float(test_nll[0])}
             last.end_epoch({"epoch": at.epoch, **losses, "seconds": round(time.monotonic() - epoch_start, 3)})
             progress.advance(1, f"test_nll {losses['test_nll']:.4f}, best {first.best_loss:.4f}")
@@ -75,12 +67,10 @@ def _refuse_not_finite(
     if nll.isfinite().all():
         return
     bad = ~torch.stack(at.losses).isfinite().all(dim=1)  # (n_batches,)
-    cure = "try --restart with a lower --learning-rate"
-    if not bad.any():
-        raise UserError(f"the NPE loss on the test split is not finite in epoch {at.epoch}; {cure}")
-    batch = int(bad.int().argmax())
-    names = names_of_batch(compressed.train_ds.tiles, config.batch_size, _shuffle(config, at.epoch), batch)
-    raise UserError(
-        f"the NPE loss is not finite in epoch {at.epoch}, batch {batch}; {cure}, and look at the batch's tiles "
-        f"(sim/orientation/tile): {names}"
-    )
+    where, look = "on the test split", ""
+    if bad.any():
+        batch = int(bad.int().argmax())
+        names = names_of_batch(compressed.train_ds.tiles, config.batch_size, _shuffle(config, at.epoch), batch)
+        where, look = f"batch {batch}", f", and look at these tiles (sim/orientation/tile): {names}"
+    cure = f"try --restart with a lower --learning-rate{look}"
+    raise UserError(f"the NPE loss is not finite in epoch {at.epoch}, {where}; {cure}")

@@ -38,7 +38,7 @@ def train(folder: Path, n_members: int) -> list[dict[str, torch.Tensor]]:
     compressed = CompressedTileDataModule(splits, MeanCompressor(), augment)  # type: ignore[arg-type]
     # So little patience that members stop at different epochs.
     config = NPEConfig(ckpt="none", max_epochs=120, patience=3, learning_rate=1e-2, n_members=n_members)
-    train_npe(compressed, augment, 2, config, "none", LastCheckpoint(folder, config, {}, "npe_best.ckpt", CPU))
+    train_npe(compressed, config, LastCheckpoint(folder, config, {}, "npe_best.ckpt", CPU))
     return [npe.state_dict() for npe in load_npe(folder / "npe_best.ckpt", 2, CPU)]
 
 

@@ -102,7 +102,7 @@ def test_stage_2_reaches_the_exact_posterior_of_a_linear_gaussian_problem(
     augment = seeded_generator(0, "augment")
     compressed = CompressedTileDataModule(splits, MeanCompressor(d), augment)  # type: ignore[arg-type]
     config = NPEConfig(ckpt="none", max_epochs=20 * d, learning_rate=5e-4 * d / 2, n_members=1)
-    train(compressed, augment, d, config, "none", LastCheckpoint(tmp_path, config, {}, "npe_best.ckpt", CPU))
+    train(compressed, config, LastCheckpoint(tmp_path, config, {}, "npe_best.ckpt", CPU))
 
     npe = load_npe(tmp_path / "npe_best.ckpt", d, CPU)[0]
     summary, theta = compress_all(compressed.fiducial_ds, 256)
@@ -214,7 +214,7 @@ def test_the_frozen_network_is_bit_identical_after_stage_2(
     splits = Splits(tile_ds, tile_ds, tile_ds)
     augment, config = seeded_generator(0, "augment"), NPEConfig(ckpt="none", max_epochs=3)
     compressed = CompressedTileDataModule(splits, compressor, augment)  # type: ignore[arg-type]
-    train(compressed, augment, 2, config, "none", LastCheckpoint(tmp_path, config, {}, "npe_best.ckpt", CPU))
+    train(compressed, config, LastCheckpoint(tmp_path, config, {}, "npe_best.ckpt", CPU))
     for name, tensor in compressor.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None and not p.requires_grad for p in compressor.parameters())
