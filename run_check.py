@@ -18,42 +18,32 @@ if TYPE_CHECKING:  # it needs pyarrow, and --help does not
 
 def report(result: CheckResult) -> None:
     """What the user waited for, and on stderr what should worry them."""
-    audit = result.audit
-    covered, fiducial = audit.covered_patches, audit.fiducial
-    where = (
-        "unknown (--geometry)" if covered is None else f"the tiles of a simulation cover that of {covered:.1f} tiles"
-    )
-    lines = [
-        f"{audit.n_tiles} tiles of {audit.n_sims} simulations, {result.elapsed_s:.0f} s",
-        f"tiles       {result.folder}",
-        f"duplicates  {audit.n_duplicates} tiles are the same pixels as another, "
-        f"{audit.n_duplicates_across_sims} as one of another simulation",
-        f"sky         {where}",
-    ]
-    for name, leak in audit.leakage.items():
-        line = (
-            f"{name:10}  of {leak.n_tiles} tiles {leak.duplicates} ({leak.duplicates_fraction:.1%}) have a duplicate "
-            "in an earlier split"
-        )
-        if leak.duplicates_or_sky is not None:
-            line += (
-                f", {leak.duplicates_or_sky} ({leak.duplicates_or_sky_fraction:.1%}) a duplicate or most of their sky"
-            )
-        lines.append(line)
-    if fiducial is None:
-        lines.append("fiducial    its simulation is not here")
+    audit, fiducial = result.audit, result.audit.fiducial
+    same, across = audit.n_duplicates, audit.n_duplicates_across_sims
+    print(f"{audit.n_tiles} tiles of {audit.n_sims} simulations, {result.elapsed_s:.0f} s")
+    print(f"tiles       {result.folder}")
+    print(f"duplicates  {same} tiles are the same pixels as another, {across} as one of another simulation")
+    if audit.covered_patches is None:
+        print("sky         unknown (--geometry)")
     else:
-        lines.append(
-            f"fiducial    simulation {fiducial.sim_id}: {len(fiducial.patch_of_tile)} tiles, {fiducial.n_patches} "
-            f"patches of sky; outside these ranges of the others: {', '.join(fiducial.outside) or 'nothing'}"
-        )
-    lines += [f"{name:10}  {low:.4g} ... {high:.4g}" for name, (low, high) in audit.ranges.items()]
-    lines.append(f"variance    {audit.n_variance_outliers or 'no'} tiles are far from the rest of their simulation")
-    lines += [
-        f"            {tuple(o.key)}: {o.factor:.3g} times the median in bin {o.bin}, {o.sigma:+.1f} sigma"
-        for o in audit.variance_outliers
-    ]
-    print("\n".join(lines))
+        print(f"sky         the tiles of a simulation cover that of {audit.covered_patches:.1f} tiles")
+    for name, leak in audit.leakage.items():
+        found = f"{leak.duplicates} ({leak.duplicates_fraction:.1%}) have a duplicate in an earlier split"
+        if leak.duplicates_or_sky is not None:
+            share = f"{leak.duplicates_or_sky} ({leak.duplicates_or_sky_fraction:.1%})"
+            found += f", {share} a duplicate or most of their sky"
+        print(f"{name:10}  of {leak.n_tiles} tiles {found}")
+    if fiducial is None:
+        print("fiducial    its simulation is not here")
+    else:
+        found = f"{len(fiducial.patch_of_tile)} tiles, {fiducial.n_patches} patches of sky"
+        outside = f"outside these ranges of the others: {', '.join(fiducial.outside) or 'nothing'}"
+        print(f"fiducial    simulation {fiducial.sim_id}: {found}; {outside}")
+    for name, (low, high) in audit.ranges.items():
+        print(f"{name:10}  {low:.4g} ... {high:.4g}")
+    print(f"variance    {audit.n_variance_outliers or 'no'} tiles are far from the rest of their simulation")
+    for o in audit.variance_outliers:
+        print(f"            {tuple(o.key)}: {o.factor:.3g} times the median in bin {o.bin}, {o.sigma:+.1f} sigma")
     for warning in audit.warnings():
         warn(warning)
 

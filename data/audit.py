@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -70,44 +69,31 @@ class Audit:
     ranges: dict[str, list[float]] = key("minimum and maximum of each parameter, without the fiducial simulation")
     fiducial: Fiducial | None = key("the fiducial simulation; null if the data set does not have it")
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
-
     def warnings(self) -> list[str]:
-        """One line for everything that a user should know before training."""
+        """One line for everything that a user should know before training: what is wrong, and what to do."""
         lines = []
         if leaks := [leak.describe(split) for split, leak in self.leakage.items() if leak.worst > TOLERATED_LEAK]:
-            lines.append(
-                f"{'; '.join(leaks)}: what is measured on them is optimistic; `--split-by sim` splits whole "
-                "simulations, `run_mock.py --geometry disjoint` makes tiles that share nothing"
-            )
+            cure = "split whole simulations (--split-by sim), or make other tiles (`run_mock.py --geometry disjoint`)"
+            lines.append(f"{'; '.join(leaks)}: what is measured on them is optimistic; {cure}")
         if self.covered_patches is None and self.n_duplicates:
-            lines.append(
-                f"{self.n_duplicates} tiles are the same pixels as another, and the shards do not say where tiles lie: "
-                "how much sky they share is unknown; if they are the published ones, add `--geometry published`"
+            found = (
+                f"{self.n_duplicates} tiles are the same pixels as another, and the shards do not say where they lie"
             )
+            lines.append(f"{found}; if they are the published ones, add --geometry published")
         if self.n_duplicates_across_sims:
             one, other = map(name_of_tile, self.duplicates_across_sims)
-            lines.append(
-                f"{one} and {other} are the same pixels ({self.n_duplicates_across_sims} such tiles), so one has the "
-                "wrong cosmology; rebuild their shards"
-            )
+            found = f"{one} and {other} are the same pixels ({self.n_duplicates_across_sims} such tiles)"
+            lines.append(f"{found}, so one has the wrong cosmology; rebuild their shards")
         if self.variance_outliers:
-            worst = self.variance_outliers[0]
-            lines.append(
-                f"{name_of_tile(worst.key)} has {worst.factor:.2g} times the variance of its simulation's tiles in bin "
-                f"{worst.bin} ({self.n_variance_outliers} tiles lie beyond {OUTLIER_SIGMA} robust sigmas); look at "
-                "them and rebuild their shards"
-            )
+            worst, far = self.variance_outliers[0], f"beyond {OUTLIER_SIGMA} robust sigmas"
+            found = f"{name_of_tile(worst.key)} has {worst.factor:.2g} times the variance of its simulation's tiles"
+            lines.append(f"{found} in bin {worst.bin} ({self.n_variance_outliers} are {far}); rebuild their shards")
         if self.band_limit:
             lines.append(f"the tiles are not what --lmax says: {self.band_limit}; check --lmax and --tiles-dir")
         if self.fiducial and self.fiducial.outside:
-            lines.append(
-                f"the fiducial simulation {self.fiducial.sim_id} lies outside the range of the others in "
-                f"{', '.join(self.fiducial.outside)}: its Figure of Merit is an extrapolation; give another "
-                "--fiducial-sim-id"
-            )
+            found = f"the fiducial simulation {self.fiducial.sim_id} lies outside the range of the others"
+            cure = "its Figure of Merit is an extrapolation, give another --fiducial-sim-id"
+            lines.append(f"{found} in {', '.join(self.fiducial.outside)}; {cure}")
         return lines
 
 
@@ -122,8 +108,7 @@ def audit_tiles(
 
     Args:
         tiles, moments: the data set.
-        splits: for every split the positions in `tiles` of its tiles (data.split.split_indices), in the order in
-            which they are used: compressor_train, npe_train, test, fiducial.
+        splits: positions in `tiles` of every split's tiles, in the order in which the splits are used.
         fiducial_sim_id: held out of the ranges; may be absent.
         orientations: where the tiles lie; empty if they have no common sky, None if unknown.
 

@@ -9,12 +9,11 @@ at a time writes, and the others wait for it.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import threading
 import zipfile
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -26,8 +25,8 @@ from common.artifacts import CannotWriteError, atomic_path, sha256_of_file
 from common.errors import UserError, warn
 from common.lock import FOREVER, locked
 from common.machine import free_memory
-from data.moments import Moments, empty_moments, moments_of, moments_of_chunk
-from data.read_shards import TileIndex, read_index, read_pixels, read_tiles, shard_paths
+from data.moments import Moments
+from data.read_shards import TileIndex, read_index, read_into_memory, read_pixels, shard_paths
 from data.schema import nside_of
 from data.shard_metadata import check_lmax
 from data.tiles import Tiles, digests_of
@@ -42,8 +41,7 @@ def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: i
     """What read_tiles gives, and its moments; kappa is the cache mapped into memory, made first unless one fits.
 
     Mapped pixels are read-only and take no memory but what the system has to spare, so any number of tiles can be
-    opened. A shard counts as unchanged if its size, inode and times are, or failing that its content. Where the cache
-    cannot be written (no space, no permission) there is a warning, and kappa is in memory.
+    opened. Where the cache cannot be written (no space, no permission) there is a warning, and kappa is in memory.
 
     Raises:
         UserError: as read_tiles; or a shard has changed since the cache was made; or the cache cannot be written and
@@ -55,25 +53,23 @@ def read_tiles_through_cache(folder: Path, lmax: int, noise_level: str, nside: i
     check_lmax(paths[0], lmax)  # the folder may have been renamed since the cache was made
     if (found := _from_cache(cache, paths, wanted)) is not None:
         return found
-    before = [_identity(path) for path in paths]
+    before = {path: _identity(path) for path in paths}
     index = read_index(folder, lmax, noise_level, nside)
     try:
         cache.mkdir(exist_ok=True)
         with locked(cache / LOCK, FOREVER):
             # Another process may have made it while this one waited.
-            return _from_cache(cache, paths, wanted) or _make_cache(cache, index, paths, before, wanted)
+            return _from_cache(cache, paths, wanted) or _make_cache(cache, index, before, wanted)
     except (OSError, CannotWriteError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.reason
+        reason = f"no cache in {cache} ({error.strerror if isinstance(error, OSError) else error.reason})"
     size, free = 4 * len(index.keys) * index.n_bins * index.nside**2, free_memory()  # float32
     if size > free:
+        problem = f"{reason}, and the tiles take {size / 1e9:.1f} GB where {free / 1e9:.1f} GB of memory are free"
         raise UserError(
-            f"no cache in {cache} ({reason}), and the tiles take {size / 1e9:.1f} GB where {free / 1e9:.1f} GB of "
-            "memory are free; make room or give write permission there, or copy the shards elsewhere and name that "
-            "folder as --tiles-dir"
+            f"{problem}; make room or give write permission there, or copy the shards to another --tiles-dir"
         )
-    warn(f"no cache in {cache} ({reason}): the next start will read the shards again")
-    tiles = read_tiles(folder, lmax, noise_level, nside)
-    return tiles, moments_of(tiles.kappa)
+    warn(f"{reason}: the next start will read the shards again")
+    return read_into_memory(index)
 
 
 def _identity(path: Path) -> list[int]:
@@ -82,46 +78,37 @@ def _identity(path: Path) -> list[int]:
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _hashes(paths: list[Path]) -> list[str]:
+def _hashes(paths: Iterable[Path]) -> list[str]:
     """SHA-256 of every file: it protects from shards, published ones too, that changed after they were first read."""
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         return list(pool.map(sha256_of_file, paths))
 
 
 def _make_cache(
-    cache: Path, index: TileIndex, paths: list[Path], before: list[list[int]], wanted: dict[str, Any]
+    cache: Path, index: TileIndex, before: dict[Path, list[int]], wanted: dict[str, Any]
 ) -> tuple[Tiles, Moments]:
-    """Write the pixels and then, unless a shard changed meanwhile, the labels that make them a cache.
-
-    Args:
-        before: identities of the shards before their labels were read.
-    """
+    """Write the pixels, and then the labels, unless a shard changed meanwhile: the next start makes the cache again."""
     digests, moments = _write_pixels(cache, index)
     kappa = map_pixels(cache / PIXELS, len(index.keys), index.n_bins, index.nside)
-    tiles = Tiles(kappa, index.keys, index.params, index.lmax, index.noise_level, digests)
-    names, hashes = [path.name for path in paths], _hashes(paths)
-    if [_identity(path) for path in paths] == before:  # if not, no labels: the next start makes the cache again
-        shards = {name: list(known) for name, *known in zip(names, before, hashes, strict=True)}
+    tiles = index.tiles(kappa, digests)
+    shards = {path.name: [known, sha256] for (path, known), sha256 in zip(before.items(), _hashes(before), strict=True)}
+    if all(_identity(path) == known for path, known in before.items()):
         _write_labels(cache, tiles, moments, wanted | {"pixels": _identity(cache / PIXELS), "shards": shards})
     return tiles, moments
 
 
 def _write_pixels(cache: Path, index: TileIndex) -> tuple[np.ndarray, Moments]:
-    moments = empty_moments(len(index.keys), index.n_bins)
     (cache / LABELS).unlink(missing_ok=True)
     writing = threading.Lock()
-    with atomic_path(cache / PIXELS) as temporary, open(temporary, "wb", buffering=0) as file:
+    with atomic_path(cache / PIXELS) as temporary, open(temporary, "wb") as file:
 
         def put(positions: np.ndarray, tiles: np.ndarray) -> None:
-            moments.put(positions, moments_of_chunk(tiles))
             for position, tile in zip(positions, np.ascontiguousarray(tiles.transpose(0, 2, 3, 1)), strict=True):
                 with writing:
                     file.seek(int(position) * tile.nbytes)
-                    if file.write(tile.data) != tile.nbytes:
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    file.write(tile.data)
 
-        digests = read_pixels(index, put)
-    return digests, moments
+        return read_pixels(index, put)
 
 
 def _write_labels(cache: Path, tiles: Tiles, moments: Moments, made_of: dict[str, Any]) -> None:
@@ -131,24 +118,18 @@ def _write_labels(cache: Path, tiles: Tiles, moments: Moments, made_of: dict[str
 
 
 def _from_cache(cache: Path, paths: list[Path], wanted: dict[str, Any]) -> tuple[Tiles, Moments] | None:
-    """The tiles and their moments, or None if there is no cache of these very shards.
-
-    Raises:
-        UserError: the content of a shard has changed since the cache was made.
-    """
+    """The tiles and their moments; None if there is no cache of these shards, UserError if one has other content."""
     try:
         with np.load(cache / LABELS) as labels:
-            keys, params, digests = labels["keys"], labels["params"], labels["digests"]
+            keys, params, digests = (labels[name] for name in ("keys", "params", "digests"))
             moments = Moments(*(labels[field.name] for field in fields(Moments)))
             made_of = json.loads(str(labels["made_of"]))
         shards, pixels = made_of.pop("shards"), made_of.pop("pixels")
         moved = [path for path in paths if path.name in shards and _identity(path) != shards[path.name][0]]
-        for path, sha256 in zip(moved, _hashes(moved) if moved else [], strict=True):
+        for path, sha256 in zip(moved, _hashes(moved), strict=True):
             if sha256 != shards[path.name][1]:
-                raise UserError(
-                    f"{path} is not what it was when it was first read; restore it, or delete {cache} if it was "
-                    "changed on purpose"
-                )
+                found = f"{path} is not what it was when it was first read"
+                raise UserError(f"{found}; restore it, or delete {cache} if it was changed on purpose")
             shards[path.name][0] = _identity(path)  # copied or touched, not changed
         if made_of != wanted or set(shards) != {path.name for path in paths}:
             return None

@@ -54,17 +54,9 @@ def read_and_split(folder: Path, options: SplitOptions, manifest: SplitManifest 
 
 
 def check_tiles(config: CheckConfig, on_checkpoint: Callable[[], None] = lambda: None) -> CheckResult:
-    """Read the tiles of a folder, split them as stage 1 would, audit them.
+    """Read the tiles of a folder, split them as stage 1 would, audit them; errors as those of read_and_split.
 
-    Args:
-        config: all options.
-        on_checkpoint: called at the end: the cache of the tiles may be new (Modal commits its Volume).
-
-    Returns:
-        the audit, with the folder of the tiles and the seconds that it took.
-
-    Raises:
-        UserError: as read_and_split.
+    At the end it calls `on_checkpoint`, since the cache of the tiles may be new (Modal commits its Volume).
     """
     start = time.monotonic()
     folder = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,8 @@ from data.schema import columns_of
 from data.stream import TileStream
 from data.tiles import Tiles
 
+Batch = tuple[torch.Tensor, torch.Tensor]  # kappa (B, bins, N, N) or summary (B, d), and theta (B, d)
+Source = torch.Tensor | TileStream  # (n, bins, N, N)
 MEMORY_SHARE = 0.8  # of what the network leaves may go to the tiles; allocators and others need some
 LOADED_AT_A_TIME = 64  # tiles
 
@@ -30,7 +32,7 @@ class Batched(Protocol):
 
     def __len__(self) -> int: ...
     def prefetch(self, positions: torch.Tensor) -> None: ...
-    def __getitems__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def __getitems__(self, positions: torch.Tensor) -> Batch: ...
 
 
 class TileDataset:
@@ -47,11 +49,11 @@ class TileDataset:
 
     def __init__(
         self,
-        source: torch.Tensor | TileStream,
+        source: Source,
         theta: torch.Tensor,
         rows: np.ndarray,
         device: torch.device,
-        signal: torch.Tensor | TileStream | None = None,
+        signal: Source | None = None,
         keys: np.ndarray | None = None,
     ) -> None:
         self.source, self.theta, self.device, self.signal = source, theta, device, signal
@@ -65,11 +67,9 @@ class TileDataset:
     def augmented(
         self, generator: torch.Generator, theta_noise: tuple[float, torch.Generator] | None = None
     ) -> TileDataset:
-        """The same tiles, augmented with draws from `generator`.
+        """The same tiles, augmented with draws from `generator`, and with Gaussian noise on the normalised theta.
 
-        Args:
-            generator: of symmetries, rolls and the noise of the tiles.
-            theta_noise: standard deviation of Gaussian noise on the normalised theta, and its generator.
+        `theta_noise` is the standard deviation of that noise, and a generator of its own.
         """
         other = copy.copy(self)
         other.augment, other.theta_noise = generator, theta_noise
@@ -81,35 +81,30 @@ class TileDataset:
         if isinstance(first, TileStream):
             first.prefetch(self.rows[positions])
 
-    def __getitems__(self, positions: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitems__(self, positions: Sequence[int] | torch.Tensor) -> Batch:
         return next(self.in_parts(positions, len(positions)))
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, position: int) -> Batch:
         kappa, theta = self.__getitems__([position])
         return kappa[0], theta[0]
 
-    def in_parts(
-        self, positions: Sequence[int] | torch.Tensor, size: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def in_parts(self, positions: Sequence[int] | torch.Tensor, size: int) -> Iterator[Batch]:
         """A batch in parts of `size` tiles, which are the same as those of the whole batch."""
         rows = self.rows[torch.as_tensor(positions)]  # (B,)
-        stores, draws = zip(*self._views(rows), strict=True)
-        theta = self.theta[rows]  # (B, d)
+        views, theta = self._views(rows), self.theta[rows]  # (B, d)
         if self.theta_noise is not None:
             sigma, generator = self.theta_noise
             theta = theta + sigma * torch.randn(theta.shape, generator=generator)
-        *drawn, theta = to_device([*chain(*draws), theta], self.device)
-        n = len(draws[0])  # as many for each view
-        picks = list(zip(stores, (drawn[n * k : n * (k + 1)] for k in range(len(stores))), strict=True))
+        *draws, theta = to_device([*(draw for _, draw in views), theta], self.device)
         for start in range(0, len(rows), size):
             some = slice(start, start + size)
-            kappa, *noise = (_taken(store, [t[some] for t in drawn]) for store, drawn in picks)
+            kappa, *noise = (_taken(store, draw[:, some]) for (store, _), draw in zip(views, draws, strict=True))
             if noise:  # is what the other tile has beside its signal
                 kappa += noise[0]
                 kappa -= noise[1]
             yield kappa, theta[some]
 
-    def _views(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    def _views(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The tiles, and where noise is exchanged the other tiles with and without it."""
         if self.augment is None:
             return [_view(self.source, rows)]
@@ -124,17 +119,17 @@ class TileDataset:
 
 
 def _view(
-    source: torch.Tensor | TileStream, rows: torch.Tensor, symmetries: Symmetries | None = None
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Where the tiles of a batch are, and what picks them: rows and symmetries, (B,) each. The disk is read at once."""
+    source: Source, rows: torch.Tensor, symmetries: Symmetries | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a batch's tiles are, and what picks them: rows and symmetries, (1 or 6, B). The disk is read at once."""
     if isinstance(source, TileStream):
         source, rows = source.read(rows), torch.arange(len(rows))
-    return source, [rows, *(vars(symmetries).values() if symmetries else ())]
+    return source, torch.stack([rows, *(vars(symmetries).values() if symmetries else ())])
 
 
-def _taken(store: torch.Tensor, drawn: list[torch.Tensor]) -> torch.Tensor:
-    """The tiles (m, bins, N, N) that a part of a view's rows and symmetries, on the device, picks."""
-    rows, *symmetries = drawn
+def _taken(store: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    """The tiles (m, bins, N, N) that a part of a view's rows and symmetries, (1 or 6, m) on the device, picks."""
+    rows, *symmetries = draw
     if symmetries:
         return gather_augmented(store, rows, Symmetries(*symmetries))
     return store.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)  # (m, N, N, bins) -> (m, bins, N, N)
@@ -153,13 +148,10 @@ def whole_dataset(
     """All tiles as one data set, not augmented.
 
     Args:
-        tiles: in physical units, and left so.
-        params: names of the inferred parameters.
-        norm_stats: that they are normalised with.
-        device: that they are given on.
-        dtype: that they are given in, the one that the network computes in: it would round them to it anyway.
-        tiles_on: "device" holds them there, "disk" leaves them where they are and reads batch by batch,
-            "auto" holds them if they fit.
+        tiles, params, norm_stats: in physical units, names of the inferred parameters, and what normalises both.
+        device, dtype: of what is given; the network would round it to its own dtype anyway.
+        tiles_on: "device" holds the tiles there, "disk" leaves them where they are and reads batch by batch, "auto"
+            holds them if they fit.
         reserve: bytes of the device's free memory that are left to the network.
         called: their name in the line that says what was chosen; without a name nothing is said.
     """
@@ -168,8 +160,8 @@ def whole_dataset(
     held = tiles_on == "device" or (tiles_on == "auto" and size <= int(MEMORY_SHARE * (free - reserve)))
     if called:
         chosen = f"held on {device}" if held else "read from the disk batch by batch"
-        why = f"{_gb(free)} free, of which {_gb(reserve)} for the network"
-        why = why if tiles_on == "auto" else f"--tiles-on {tiles_on}"
+        auto = f"{_gb(free)} free, of which {_gb(reserve)} for the network"
+        why = auto if tiles_on == "auto" else f"--tiles-on {tiles_on}"
         say(f"{called}: {_gb(size)} as {name_of_dtype(dtype)}, {chosen} ({why})")
     if reserve > free:
         warn(f"a step may need {_gb(reserve)} where {_gb(free)} are free on {device}; give a smaller --batch-size")
@@ -209,10 +201,10 @@ def batch_positions(n: int, batch_size: int, shuffle: torch.Generator | None) ->
 
 def batches(
     dataset: Batched, batch_size: int, shuffle: torch.Generator | None = None, first: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of what a data set gives for a batch: (kappa (B, bins, N, N) or summary (B, d), theta (B, d)).
+) -> Iterator[Batch]:
+    """One epoch of what a data set gives for a batch, from batch number `first` on.
 
-    It begins with batch number `first`. Between two batches, where nothing is half done, a waiting signal is answered.
+    Between two batches, where nothing is half done, a waiting signal is answered.
     """
     order = batch_positions(len(dataset), batch_size, shuffle)[first:]
     for positions, following in zip_longest(order, order[1:]):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -34,14 +32,11 @@ def has_earlier(group: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def shared_sky_pairs(keys: np.ndarray, orientations: Orientations) -> np.ndarray:
-    """Pairs of tiles of one simulation that share more than SHARED_SKY of their sky.
+    """Pairs of tiles of one simulation that share more than SHARED_SKY of their sky, int (m, 2), rows of keys.
 
     Args:
         keys: (n, 3) sim_id, orientation_id, tile_id.
         orientations: where the tiles lie; empty if they have no common sky.
-
-    Returns:
-        int (m, 2), rows of keys.
 
     Raises:
         UserError: an orientation or a tile that the orientations do not have.
@@ -50,10 +45,9 @@ def shared_sky_pairs(keys: np.ndarray, orientations: Orientations) -> np.ndarray
         return np.empty((0, 2), dtype=np.int64)
     fits = ((keys[:, 1:] >= 0) & (keys[:, 1:] < (len(orientations), len(FACES)))).all(axis=1)
     if not fits.all():
-        raise UserError(
-            f"{name_of_tile(keys[np.argmin(fits)])} has no place among {len(orientations)} orientations of "
-            f"{len(FACES)} tiles; leave out --geometry, or rebuild its shard"
-        )
+        places = f"{len(orientations)} orientations of {len(FACES)} tiles"
+        odd = name_of_tile(keys[np.argmin(fits)])
+        raise UserError(f"{odd} has no place among {places}; leave out --geometry, or rebuild its shard")
     overlap = overlap_matrix(orientations)
     sims, sim = np.unique(keys[:, 0], return_inverse=True)
     row = np.full((len(sims), len(overlap)), -1)
@@ -69,21 +63,19 @@ def duplicate_pairs(kappa: np.ndarray, moments: Moments) -> np.ndarray:
     any duplicates only and with MAX_CANDIDATES at most, so that a thousand constant tiles take no million comparisons.
 
     Args:
-        kappa: (n, bins, N, N).
-        moments: of kappa.
+        kappa, moments: (n, bins, N, N), and those of it.
 
     Returns:
         int (m, 2): the row of every tile that has a duplicate before it in that order, and of the first of them.
     """
-    projection, rms = moments.projection, moments.rms
+    projection, rms = moments.projection, np.sqrt(moments.variance + moments.mean**2)  # (n, ...), (n, bins)
     # By Cauchy and Schwarz the projections of duplicates differ by no more than this.
     reach = 2 * TOLERANCE * np.sqrt(np.square(rms).mean(axis=1))  # (n,)
     pairs: list[tuple[int, int]] = []
     firsts: list[int] = []
     for i in np.argsort(projection[:, 0]):
-        candidates = list(islice(reversed(firsts), MAX_CANDIDATES))
-        agree = (np.abs(projection[i] - projection[candidates]) <= reach[i]).all(axis=1)  # (n_candidates,)
-        candidates = [first for first, does in zip(candidates, agree, strict=True) if does]
+        candidates = np.array(firsts[-MAX_CANDIDATES:][::-1], dtype=np.int64)
+        candidates = candidates[(np.abs(projection[i] - projection[candidates]) <= reach[i]).all(axis=1)]
         first = next((c for c in candidates if _are_duplicates(kappa[i], kappa[c], rms[c])), None)
         if first is None:
             firsts.append(i)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +27,10 @@ class SplitTiles:
     """Tiles that are ready to train with.
 
     Attributes:
-        tiles_dir: folder of their shards.
-        tiles: the data set, in physical units.
-        params: names of the inferred parameters.
-        theta: their values for all tiles, physical, float64 (n, d).
-        manifest, norm_stats: as made or given.
-        audit: what the splits share, and more.
+        tiles_dir, tiles: folder of the shards, and the data set in physical units.
+        params, theta: names of the inferred parameters, and their physical values, float64 (n, d).
+        manifest, norm_stats, audit: as made or given, and what the splits share.
         fingerprints: of the tiles, and of those without noise, None if there are none.
-        lmax, nside: largest multipole, and pixels per side.
         compressor_train_ds, npe_train_ds, test_ds, fiducial_ds: one TileDataset per split, not augmented.
     """
 
@@ -67,10 +63,8 @@ class TileDataModule:
     that do not fit (stage 2).
 
     Attributes:
-        tiles_dir: folder of the shards.
-        options: which tiles they must be, how they are split and audited.
-        params: names of the inferred parameters.
-        device, dtype, tiles_on: as for whole_dataset.
+        tiles_dir, options: folder of the shards; which tiles they must be, how they are split and audited.
+        params, device, dtype, tiles_on: as for whole_dataset.
         reserve: bytes of the device's free memory that the network needs, given the number of bins.
         noiseless_dir: folder of the same tiles without noise, from which training makes tiles with other noise.
         manifest, norm_stats: of a stage-1 run.
@@ -98,43 +92,24 @@ class TileDataModule:
         tiles, train = data.tiles, data.rows["compressor_train"]
         theta = columns_of(tiles.params, self.params)
         norm_stats = self.norm_stats or compute_norm_stats(theta[train], data.moments.of(train))
-        found, wanted = (len(norm_stats.tile_mean), len(norm_stats.theta_mean)), (tiles.n_bins, len(self.params))
-        if found != wanted:
+        found = len(norm_stats.tile_mean), len(norm_stats.theta_mean)
+        if found != (tiles.n_bins, len(self.params)):
+            has = f"{NORM_STATS_NAME} has {found[0]} bins and {found[1]} parameters"
             raise UserError(
-                f"{NORM_STATS_NAME} has {found[0]} bins and {found[1]} parameters, the tiles have {wanted[0]} bins and "
-                f"{wanted[1]} parameters are inferred; run stage 1 on these tiles"
+                f"{has}, the tiles {tiles.n_bins} and --params {len(self.params)}; run stage 1 on these tiles"
             )
         # Sums of tiles are taken in float32, so where there are any, no tile is held in less.
         dtype = self.dtype if self.noiseless_dir is None else torch.float32
-        place = partial(
-            whole_dataset,
-            params=self.params,
-            norm_stats=norm_stats,
-            device=self.device,
-            dtype=dtype,
-            tiles_on=self.tiles_on,
-            reserve=self.reserve(tiles.n_bins),
-        )
-        everything = place(tiles, called="tiles")
+        place = (self.params, norm_stats, self.device, dtype, self.tiles_on, self.reserve(tiles.n_bins))
+        everything = whole_dataset(tiles, *place, "tiles")
         fingerprints, signal = {"tiles": data.manifest.fingerprint, "noiseless_tiles": None}, None
         if self.noiseless_dir is not None:
             noiseless = read_noiseless(self.noiseless_dir, tiles)
             fingerprints["noiseless_tiles"] = fingerprint_of(noiseless)
-            signal = place(noiseless, called="noiseless tiles").source
-        of_split = {
+            signal = whole_dataset(noiseless, *place, "noiseless tiles").source
+        of_split: dict[str, Any] = {
             f"{name}_ds": TileDataset(everything.source, everything.theta, rows, self.device, signal, tiles.keys)
             for name, rows in data.rows.items()
         }
-        return SplitTiles(
-            tiles_dir=self.tiles_dir,
-            tiles=tiles,
-            params=self.params,
-            theta=theta,
-            manifest=data.manifest,
-            norm_stats=norm_stats,
-            audit=data.audit,
-            fingerprints=fingerprints,
-            lmax=tiles.lmax,
-            nside=tiles.nside,
-            **of_split,
-        )
+        made = (data.manifest, norm_stats, data.audit, fingerprints, tiles.lmax, tiles.nside)
+        return SplitTiles(self.tiles_dir, tiles, self.params, theta, *made, **of_split)

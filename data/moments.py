@@ -8,11 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from common.progress import Progress
-
 N_PROJECTIONS = 2  # one to sort by, one to be sure
 PROJECTION_SEED = 0
-CHUNK = 16  # tiles at a time
 
 
 @dataclass(frozen=True)
@@ -21,18 +18,12 @@ class Moments:
 
     Attributes:
         mean, variance: of the pixels of every bin, (n, bins).
-        projection: random projections, the means of the pixels times random weights of unit rms that have these
-            symmetries, (n, N_PROJECTIONS).
+        projection: random projections, means of the pixels times random weights, (n, N_PROJECTIONS).
     """
 
     mean: np.ndarray
     variance: np.ndarray
     projection: np.ndarray
-
-    @property
-    def rms(self) -> np.ndarray:
-        """Root mean square of the pixels of every bin, (n, bins)."""
-        return np.sqrt(self.variance + self.mean**2)
 
     def of(self, positions: np.ndarray) -> Moments:
         """Those of some tiles."""
@@ -50,17 +41,6 @@ def empty_moments(n_tiles: int, n_bins: int) -> Moments:
 
 
 def moments_of(kappa: np.ndarray) -> Moments:
-    """Moments of kappa (n, bins, N, N), in one pass, with a progress bar."""
-    moments = empty_moments(*kappa.shape[:2])
-    with Progress("checking tiles", len(kappa), "tiles") as progress:
-        for start in range(0, len(kappa), CHUNK):
-            some = slice(start, start + CHUNK)
-            moments.put(some, moments_of_chunk(kappa[some]))
-            progress.advance(len(kappa[some]))
-    return moments
-
-
-def moments_of_chunk(kappa: np.ndarray) -> Moments:
     """Moments of kappa (m, bins, N, N), a tile at a time."""
     m, n_bins, nside, _ = kappa.shape
     moments = empty_moments(m, n_bins)

@@ -24,31 +24,23 @@ def read_noiseless(folder: Path, tiles: Tiles) -> Tiles:
         UserError: bad shards, other tiles, or a difference that is not noise: one that goes with the signal.
     """
     if not any(folder.glob("shard_*.parquet")):
-        raise UserError(
-            f"--noiseless-tiles {folder} has no shard_*.parquet; `python run_mock.py --noise-level {NOISELESS}` with "
-            "the suite's other options makes them"
-        )
+        cure = f"`python run_mock.py --noise-level {NOISELESS}` with the suite's other options makes them"
+        raise UserError(f"--noiseless-tiles {folder} has no shard_*.parquet; {cure}")
     signal, _ = read_tiles_through_cache(folder, tiles.lmax, NOISELESS, tiles.nside)
-    same = [np.array_equal(getattr(signal, name), getattr(tiles, name)) for name in ("n_bins", "keys", "params")]
-    if not all(same):
+    if not all(np.array_equal(getattr(signal, name), getattr(tiles, name)) for name in ("n_bins", "keys", "params")):
         raise UserError(f"--noiseless-tiles {folder} holds other simulations than the tiles; make both from one suite")
     some = np.linspace(0, len(tiles.keys) - 1, N_CHECKED).astype(int)
     if not (np.abs(slope_on_signal(tiles.kappa[some], signal.kappa[some])) <= LARGEST_SLOPE).all():
-        raise UserError(
-            f"--noiseless-tiles {folder}: the tiles are not these ones with noise added; make both from one suite, "
-            "with the same --seed"
-        )
+        problem = f"--noiseless-tiles {folder}: the tiles are not these ones with noise added"
+        raise UserError(f"{problem}; make both from one suite, with the same --seed")
     return signal
 
 
 def slope_on_signal(kappa: np.ndarray, signal: np.ndarray) -> np.ndarray:
     """How much of a bin's signal is in the difference from it, (bins,): cov(kappa - signal, signal) / var(signal).
 
-    0 where the difference is noise, give or take the noise's rms over the signal's and the root of the number of modes;
-    -1 where kappa is another sky.
-
-    Args:
-        kappa, signal: tiles (m, bins, N, N).
+    For tiles kappa and signal (m, bins, N, N) it is 0 where the difference is noise, give or take the noise's rms over
+    the signal's and the root of the number of modes; -1 where kappa is another sky.
     """
     clean = signal - signal.mean(axis=(0, 2, 3), keepdims=True, dtype=np.float64)
     return (clean * (kappa - clean)).sum(axis=(0, 2, 3)) / np.square(clean).sum(axis=(0, 2, 3))

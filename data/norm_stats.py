@@ -31,7 +31,7 @@ class NormStats:
     @property
     def sha256(self) -> str:
         """Hash of the numbers, which checkpoints carry: it protects from a network that is fed other units."""
-        return sha256_of_json({name: list(values) for name, values in asdict(self).items()})
+        return sha256_of_json(asdict(self))
 
     def normalise_theta(self, theta: np.ndarray) -> np.ndarray:
         """(..., d) physical to normalised."""
@@ -53,20 +53,15 @@ class NormStats:
 
 
 def compute_norm_stats(theta: np.ndarray, moments: Moments) -> NormStats:
-    """Statistics of tiles with theta (n, d) and these moments.
+    """Statistics of tiles with theta (n, d) and these moments; UserError if a bin or a parameter is constant.
 
     The variance of all pixels is the mean of the tiles' variances plus the variance of their means.
-
-    Raises:
-        UserError: a bin or a parameter is constant.
     """
     mean = moments.mean.mean(axis=0)  # (bins,)
     std = np.sqrt((moments.variance + np.square(moments.mean - mean)).mean(axis=0))  # (bins,)
     theta_std = theta.std(axis=0)
     if not (std > 0).all() or not (theta_std > 0).all():
-        raise UserError(
-            "a bin or a parameter is constant over the training split; add simulations with other cosmologies"
-        )
+        raise UserError("a bin or a parameter is constant over the training split; add simulations, other cosmologies")
     return NormStats(*(tuple(float(v) for v in values) for values in (mean, std, theta.mean(axis=0), theta_std)))
 
 
@@ -76,17 +71,13 @@ def write_norm_stats(folder: Path, stats: NormStats) -> None:
 
 
 def read_norm_stats(folder: Path) -> NormStats:
-    """Read norm_stats.json.
-
-    Raises:
-        UserError: missing, or not finite numbers with positive standard deviations, as many as there are means.
-    """
+    """Read norm_stats.json; UserError if it is missing, or has other fields or numbers than statistics can have."""
     path = folder / NORM_STATS_NAME
     content = read_json(path)
     names = [field.name for field in fields(NormStats)]
     try:
-        stats = NormStats(**{name: tuple(float(v) for v in content[name]) for name in names})
-        good = content == {name: list(values) for name, values in asdict(stats).items()}
+        stats = NormStats(**{name: tuple(map(float, content[name])) for name in names})
+        good = content == {name: list(values) for name, values in vars(stats).items()}
         for mean, std in ((stats.tile_mean, stats.tile_std), (stats.theta_mean, stats.theta_std)):
             good = good and len(mean) == len(std) and bool(np.isfinite(mean + std).all()) and min(std) > 0
     except (KeyError, TypeError, ValueError, OverflowError):

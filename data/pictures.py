@@ -8,17 +8,13 @@ import numpy as np
 
 from common.figures import BLUE, ORANGE, figure
 from data.schema import FOM_PARAMS, label_of
-from data.shard_pixels import opened
+from data.shard import opened
 
 
 def draw_suite(shard: Path, theta: np.ndarray, fiducial: np.ndarray | None, path: Path) -> None:
-    """The first tile of a shard, bin by bin, beside the suite's cosmologies.
+    """The first tile of a shard in the compact layout, beside (Omega_m, S8) of every simulation (n_sims, 2).
 
-    Args:
-        shard: of the compact layout.
-        theta: (Omega_m, S8) of every simulation, (n_sims, 2).
-        fiducial: (2,), if there is one.
-        path: of the picture.
+    The fiducial's (2,) become a star.
     """
     with opened(shard) as file:
         column = next(file.iter_batches(1, columns=["kappa"])).column(0)

@@ -13,10 +13,10 @@ import numpy as np
 from common.errors import UserError
 from common.machine import usable_cores
 from common.progress import Progress
-from data.schema import nside_of
-from data.shard_labels import ShardLabels, joined, read_labels
-from data.shard_pixels import kappa_of_shard
-from data.tiles import Tiles, digests_of, empty_digests, empty_kappa
+from data.moments import Moments, empty_moments, moments_of
+from data.schema import name_of_tile, nside_of
+from data.shard import ShardLabels, kappa_of_shard, read_labels
+from data.tiles import DIGEST_SIZE, Tiles, digests_of, empty_kappa
 
 
 @dataclass(frozen=True)
@@ -39,70 +39,86 @@ class TileIndex:
     shards: list[ShardLabels]
     positions: list[np.ndarray]
 
+    def tiles(self, kappa: np.ndarray, digests: np.ndarray) -> Tiles:
+        """The tiles, given their pixels and the digests of these."""
+        return Tiles(kappa, self.keys, self.params, self.lmax, self.noise_level, digests)
+
 
 def shard_paths(folder: Path, lmax: int, noise_level: str) -> list[Path]:
-    """The shards of a folder, in the order of their names.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The shards of a folder, in the order of their names; UserError if there are none."""
     paths = sorted(folder.glob("shard_*.parquet"))
     if not paths:
-        raise UserError(
-            f"no shard_*.parquet in {folder}; make tiles with `python run_mock.py --lmax {lmax} "
-            f"--noise-level {noise_level}`, or give their folder as --tiles-dir"
-        )
+        cure = f"make tiles with `python run_mock.py --lmax {lmax} --noise-level {noise_level}`, or give their folder"
+        raise UserError(f"no shard_*.parquet in {folder}; {cure} as --tiles-dir")
     return paths
 
 
 def read_tiles(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Tiles:
     """Read every shard of a folder into one array, in the canonical order.
 
-    Shards are read a few tiles at a time straight into the array: the peak memory is the array and
-    some 100 MB for every core.
-
     Args:
         folder: holds shard_*.parquet.
-        lmax, nside: the tiles must be nside_of(lmax, nside) pixels wide.
-        noise_level: the tiles must be of this one.
+        lmax, noise_level, nside: that the tiles must have; they are nside_of(lmax, nside) pixels wide.
 
     Raises:
         UserError: anything about the shards that would make a result wrong, with file, row and cure.
     """
-    index = read_index(folder, lmax, noise_level, nside)
+    return read_into_memory(read_index(folder, lmax, noise_level, nside))[0]
+
+
+def read_into_memory(index: TileIndex) -> tuple[Tiles, Moments]:
+    """The tiles in one array, and their moments.
+
+    The peak memory is the array and some 100 MB for every core: a few tiles at a time are read straight into it.
+    """
     kappa = empty_kappa(len(index.keys), index.n_bins, index.nside)
-    digests = read_pixels(index, kappa.__setitem__)
-    return Tiles(kappa, index.keys, index.params, lmax, noise_level, digests)
+    digests, moments = read_pixels(index, kappa.__setitem__)
+    return index.tiles(kappa, digests), moments
 
 
 def read_index(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> TileIndex:
-    """Read everything but the pixels.
-
-    Raises:
-        UserError: as read_tiles.
-    """
+    """Read and check everything but the pixels; arguments and errors as those of read_tiles."""
     shards = [read_labels(path, lmax, noise_level) for path in shard_paths(folder, lmax, noise_level)]
-    keys, params, order = joined(shards)
+    first = shards[0]
+    for shard in shards:
+        if shard.n_bins != first.n_bins:
+            found = f"{shard.path} has tiles of {shard.n_bins} bins, {first.path} of {first.n_bins}"
+            raise UserError(f"{found}; the folder mixes two suites, separate them")
+    keys, params = (np.concatenate([getattr(shard, name) for shard in shards]) for name in ("keys", "params"))
+    order = np.lexsort(keys.T[::-1])  # (n,)
+    _check_neighbours(keys, params, order, shards)
     positions = np.split(np.argsort(order), np.cumsum([len(shard.keys) for shard in shards])[:-1])
-    n_bins, nside = shards[0].n_bins, nside_of(lmax, nside)
-    return TileIndex(keys[order], params[order], lmax, noise_level, n_bins, nside, shards, positions)
+    nside = nside_of(lmax, nside)
+    return TileIndex(keys[order], params[order], lmax, noise_level, first.n_bins, nside, shards, positions)
 
 
-def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None]) -> np.ndarray:
-    """Read the pixels of every shard, shards side by side, a few tiles at a time.
+def _check_neighbours(keys: np.ndarray, params: np.ndarray, order: np.ndarray, shards: list[ShardLabels]) -> None:
+    """Raise UserError for a tile that is there twice, or two cosmologies of one simulation."""
+    place = [f"{shard.path}, row {row}" for shard in shards for row in range(len(shard.keys))]
+    one, other = order[:-1], order[1:]
+    if len(twice := np.flatnonzero((keys[one] == keys[other]).all(axis=1))):
+        a, b = one[twice[0]], other[twice[0]]
+        raise UserError(f"{place[b]}: {name_of_tile(keys[a])} is in {place[a]} already; remove one of the two shards")
+    clash = (keys[one, 0] == keys[other, 0]) & (params[one] != params[other]).any(axis=1)
+    if len(clashes := np.flatnonzero(clash)):
+        a, b = one[clashes[0]], other[clashes[0]]
+        found = f"{place[b]}: simulation {keys[a, 0]} has another cosmology than in {place[a]}"
+        raise UserError(f"{found}; the folder mixes two suites, separate them")
+
+
+def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None]) -> tuple[np.ndarray, Moments]:
+    """Read the pixels of every shard, shards side by side, a few tiles at a time; errors as those of read_tiles.
 
     Args:
         index: of the folder.
         put: called from several threads with positions (m,) in the canonical order and their kappa (m, bins, N, N).
 
     Returns:
-        the tiles' digests, in the canonical order.
-
-    Raises:
-        UserError: as read_tiles.
+        the tiles' digests and moments, in the canonical order.
     """
-    digests = empty_digests(len(index.keys))
-    with Progress("reading tiles", len(index.keys), "tiles") as progress, ThreadPoolExecutor(usable_cores()) as pool:
+    n = len(index.keys)
+    digests, moments = np.empty((n, DIGEST_SIZE), np.uint8), empty_moments(n, index.n_bins)
+    with Progress("reading tiles", n, "tiles") as progress, ThreadPoolExecutor(usable_cores()) as pool:
         counting = threading.Lock()
 
         def read(shard: ShardLabels, positions: np.ndarray) -> None:
@@ -113,6 +129,7 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
                 if len(some) < len(tiles):
                     break
                 digests[some] = digests_of(tiles)
+                moments.put(some, moments_of(tiles))
                 put(some, tiles)
                 with counting:
                     progress.advance(len(tiles))
@@ -120,10 +137,5 @@ def read_pixels(index: TileIndex, put: Callable[[np.ndarray, np.ndarray], None])
                 raise UserError(f"{shard.path} changed while it was read; wait until it is complete and start again")
             shard.check(digests[positions])
 
-        try:
-            for _ in pool.map(read, index.shards, index.positions):
-                pass  # the first error, in the order of the shards, is raised here
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return digests
+        list(pool.map(read, index.shards, index.positions))  # raises the first error, and cancels what has not begun
+    return digests, moments

@@ -55,7 +55,7 @@ def label_of(name: str) -> str:
 
 
 def nside_of(lmax: int, nside: int = 0) -> int:
-    """Pixels per side of a tile, on the sphere its HEALPix nside: `nside` if given, else what belongs to lmax.
+    """Pixels per side of a tile, on the sphere its HEALPix nside: `nside` if it is given, else what belongs to lmax.
 
     That is the published value, else the next power of two >= lmax / 2.
     """
@@ -90,18 +90,13 @@ def noise_cl(noise_level: str, n_bins: int) -> np.ndarray:
 
     `des_y3` and `lsst_y10` follow the published tiles, N_ell = sigma_e^2 / (2 n_eff). With the suffix `_survey` it is
     twice that, N_ell = sigma_e^2 / n_eff: the noise of a convergence map made from shear whose dispersion per component
-    is sigma_e. `noiseless` is zero.
-
-    Raises:
-        UserError: the survey has another number of bins.
+    is sigma_e. `noiseless` is zero. UserError if the survey has another number of bins.
     """
     if noise_level == NOISELESS:
         return np.zeros(n_bins)
     survey = SURVEYS[noise_level.removesuffix("_survey")]
     if len(survey.n_eff) != n_bins:
-        raise UserError(
-            f"--noise-level {noise_level} has {len(survey.n_eff)} bins, but the tiles have {n_bins}; add a survey to "
-            "SURVEYS in data/schema.py, or choose noiseless"
-        )
+        found = f"--noise-level {noise_level} has {len(survey.n_eff)} bins, but the tiles have {n_bins}"
+        raise UserError(f"{found}; add a survey to SURVEYS in data/schema.py, or choose {NOISELESS}")
     power = np.square(survey.sigma_e) / (np.array(survey.n_eff) * ARCMIN2_PER_STERADIAN)
     return power if noise_level.endswith("_survey") else power / 2

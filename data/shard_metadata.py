@@ -43,11 +43,7 @@ def description_of(path: Path) -> str | None:
 
 
 def _description(path: Path) -> dict[str, Any]:
-    """How we made a shard; empty if we did not.
-
-    Raises:
-        UserError: what it says is not JSON.
-    """
+    """How we made a shard; empty if we did not, UserError if it is not JSON."""
     try:
         return dict(json.loads(description_of(path) or "{}"))
     except (ValueError, TypeError):
@@ -55,12 +51,9 @@ def _description(path: Path) -> dict[str, Any]:
 
 
 def check_lmax(path: Path, lmax: int) -> None:
-    """Compare with the lmax that a shard states, or with its folder's name, since published shards state none.
+    """Raise UserError if a shard states another lmax, or its folder's name does, since published shards state none.
 
     The shape of a tile does not tell: several lmax have the same number of pixels.
-
-    Raises:
-        UserError: it is another lmax.
     """
     stated, where = _description(path).get("lmax"), path
     if stated is None:  # the folder's name as it was given, or as it is behind a link
@@ -74,10 +67,7 @@ def check_lmax(path: Path, lmax: int) -> None:
 def read_orientations(folder: Path, geometry: TileGeometry = "auto") -> Orientations | None:
     """Where the tiles of a folder lie: as the named geometry, or as its first shard says ("auto").
 
-    Empty for tiles without a common sky, None if the shard does not say.
-
-    Raises:
-        UserError: what it says are no angles.
+    Empty for tiles without a common sky, None if the shard does not say, UserError if what it says are no angles.
     """
     if geometry != "auto":
         return ORIENTATIONS[geometry]

@@ -9,9 +9,8 @@ import numpy as np
 
 from common.errors import UserError
 from data.schema import KEY_NAMES, PARAM_NAMES
-from data.shard_labels import read_labels
+from data.shard import kappa_of_shard, n_bins_of, opened, read_labels
 from data.shard_metadata import CONTENT_KEY, check_lmax
-from data.shard_pixels import kappa_of_shard, n_bins_of, opened
 from data.tiles import Tiles, digests_of, empty_kappa
 
 MAX_SHARE_OF_ZEROS = 1e-3  # convergence is a real number: many exact zeros are a mask
@@ -34,19 +33,18 @@ def read_single_tiles(path: Path, lmax: int, nside: int, n_bins: int) -> SingleT
         lmax, nside, n_bins: of the tiles that the network was trained with.
 
     Raises:
-        UserError: the file is not there or neither, its tiles have another shape, or one is masked.
+        UserError: no such file, tiles of another shape, or a masked one.
     """
     if not path.exists():
         raise UserError(f"--tiles {path} is not there; give a shard (.parquet) or an .npy file")
     kappa, names = (_of_shard if path.suffix == ".parquet" else _of_npy)(path, lmax, nside, n_bins)
     for tile, name in zip(kappa, names, strict=True):
-        hidden = ~np.isfinite(tile) | (tile < 0.99 * UNSEEN)
-        if hidden.any():
-            raise UserError(f"{path}, tile {name}: {hidden.sum()} pixels are masked or not finite; {WHOLE}")
+        if n_hidden := int((~np.isfinite(tile) | (tile < 0.99 * UNSEEN)).sum()):
+            raise UserError(f"{path}, tile {name}: {n_hidden} pixels are masked or not finite; {WHOLE}")
         if (share := float(np.mean(tile == 0))) > MAX_SHARE_OF_ZEROS:
             raise UserError(f"{path}, tile {name}: {100 * share:.1f} % of its pixels are exactly zero; {WHOLE}")
     n = len(names)
-    keys = np.stack([np.arange(n), np.zeros(n, int), np.zeros(n, int)], axis=1)  # (n, 3)
+    keys = np.arange(n)[:, None] * (1, 0, 0)  # (n, 3)
     return SingleTiles(kappa, keys, np.full((n, len(PARAM_NAMES)), np.nan), lmax, "", None, names)
 
 
@@ -74,10 +72,9 @@ def _of_npy(path: Path, lmax: int, nside: int, n_bins: int) -> tuple[np.ndarray,
         raise UserError(f"--tiles {path} is neither a shard (.parquet) nor an .npy file ({reason})") from None
     shape = getattr(given, "shape", ())
     if shape[-3:] != (n_bins, nside, nside) or len(shape) not in (3, 4) or given.dtype.kind != "f":
-        raise UserError(
-            f"--tiles {path} holds {getattr(given, 'dtype', 'no array')} {shape}; the run is for lmax {lmax}, so give "
-            f"floats ({n_bins}, {nside}, {nside}) or (n, {n_bins}, {nside}, {nside})"
-        )
+        wanted = f"floats ({n_bins}, {nside}, {nside}) or (n, {n_bins}, {nside}, {nside})"
+        found = f"--tiles {path} holds {getattr(given, 'dtype', 'no array')} {shape}"
+        raise UserError(f"{found}; the run is for lmax {lmax}, so give {wanted}")
     given = given.reshape(-1, n_bins, nside, nside)  # (n, bins, N, N)
     kappa = empty_kappa(*given.shape[:3])
     kappa[:] = given

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from common.artifacts import read_sealed, sealed, write_json
+from common import results
+from common.artifacts import sha256_of_json
 from common.errors import UserError
 from data.config import SplitBy
 from data.schema import KEY_NAMES
@@ -17,50 +17,29 @@ from data.tiles import Tiles, digests_of
 
 # Per cent of what is left without the fiducial simulation; the test split takes the remainder of the rounding.
 PERCENT = {"compressor_train": 70, "npe_train": 25, "test": 5}
-SPLIT_NAMES = (*PERCENT, "fiducial")
 MANIFEST_NAME = "split_manifest.json"
 
 
 @dataclass(frozen=True)
 class SplitManifest:
-    """Which tile is in which split.
+    """Which tile is in which split; the tiles of a split are in the canonical order."""
 
-    Attributes:
-        split_by: "tile" or "sim", what was split.
-        seed: of the split.
-        fiducial_sim_id: the simulation held out of all splits but "fiducial".
-        lmax, noise_level: of the tiles.
-        fingerprint: SHA-256 over keys, parameters and pixels of the whole data set.
-        splits: for each of SPLIT_NAMES the keys (n, 3) of its tiles, in the canonical order.
-    """
-
-    split_by: SplitBy
-    seed: int
-    fiducial_sim_id: int
-    lmax: int
-    noise_level: str
-    fingerprint: str
-    splits: dict[str, np.ndarray]
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON content, with `sha256` over all the rest."""
-        content: dict[str, Any] = {
-            "split_by": self.split_by,
-            "seed": self.seed,
-            "percent": PERCENT,
-            "fiducial_sim_id": self.fiducial_sim_id,
-            "lmax": self.lmax,
-            "noise_level": self.noise_level,
-            "fingerprint": self.fingerprint,
-            "key": list(KEY_NAMES),
-            "splits": {name: keys.tolist() for name, keys in self.splits.items()},
-        }
-        return sealed(content)
+    split_by: SplitBy = results.key("`tile` or `sim`: what the split assigns")
+    seed: int = results.key("of the split")
+    percent: dict[str, int] = results.key("size of the three splits")
+    fiducial_sim_id: int = results.key("simulation that is held out of all splits")
+    lmax: int = results.key("of the tiles")
+    noise_level: str = results.key("of the tiles")
+    fingerprint: str = results.key("SHA-256 of the data set's keys, parameters and pixels")
+    key: list[str] = results.key("names of the three numbers that identify a tile")
+    splits: dict[str, list[list[int]]] = results.key(
+        "the keys of the tiles of `compressor_train`, `npe_train`, `test` and `fiducial`"
+    )
 
     @property
     def sha256(self) -> str:
         """Hash of the manifest, which checkpoints carry: it protects from a stage 2 on another split than stage 1's."""
-        return str(self.to_json()["sha256"])
+        return sha256_of_json(vars(self))
 
 
 def fingerprint_of(tiles: Tiles) -> str:
@@ -91,10 +70,8 @@ def split_keys(keys: np.ndarray, seed: int, split_by: SplitBy, fiducial_sim_id: 
         stop = len(shuffled) if name == "test" else start + len(shuffled) * percent // 100
         chosen = set(shuffled[start:stop])
         if not chosen:
-            raise UserError(
-                f"{len(shuffled)} {split_by}s without the fiducial simulation are too few for a {percent} % {name} "
-                "split; add simulations (run_mock.py --n-sims)"
-            )
+            found = f"{len(shuffled)} {split_by}s beside the fiducial simulation are too few"
+            raise UserError(f"{found} for a {percent} % {name} split; add simulations (run_mock.py --n-sims)")
         splits[name] = rest[[unit in chosen for unit in units]]
         start = stop
     return {**splits, "fiducial": keys[keys[:, 0] == fiducial_sim_id]}
@@ -103,43 +80,26 @@ def split_keys(keys: np.ndarray, seed: int, split_by: SplitBy, fiducial_sim_id: 
 def make_manifest(tiles: Tiles, seed: int, split_by: SplitBy, fiducial_sim_id: int) -> SplitManifest:
     """Split a data set; depends on its keys alone."""
     splits = split_keys(tiles.keys, seed, split_by, fiducial_sim_id)
-    return SplitManifest(split_by, seed, fiducial_sim_id, tiles.lmax, tiles.noise_level, fingerprint_of(tiles), splits)
+    of_tiles = (tiles.lmax, tiles.noise_level, fingerprint_of(tiles), list(KEY_NAMES))
+    in_json = {name: keys.tolist() for name, keys in splits.items()}
+    return SplitManifest(split_by, seed, PERCENT, fiducial_sim_id, *of_tiles, in_json)
 
 
 def write_manifest(folder: Path, manifest: SplitManifest) -> None:
     """Write split_manifest.json."""
-    write_json(folder / MANIFEST_NAME, manifest.to_json())
+    results.write_result(folder / MANIFEST_NAME, manifest)
 
 
 def read_manifest(folder: Path) -> SplitManifest:
-    """Read split_manifest.json.
-
-    Raises:
-        UserError: missing, not JSON, or changed since it was written.
-    """
-    path = folder / MANIFEST_NAME
-    content = read_sealed(path, "stage 1")
-    try:
-        splits = {name: np.array(content["splits"][name], dtype=np.int64).reshape(-1, 3) for name in SPLIT_NAMES}
-        names = ("split_by", "seed", "fiducial_sim_id", "lmax", "noise_level", "fingerprint")
-        return SplitManifest(**{name: content[name] for name in names}, splits=splits)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is not what this version writes; run stage 1 again") from None
+    """Read split_manifest.json; UserError if it is missing, not JSON, or changed since it was written."""
+    return results.read_result(folder / MANIFEST_NAME, SplitManifest, "stage 1")
 
 
 def split_indices(manifest: SplitManifest, tiles: Tiles, folder: Path) -> dict[str, np.ndarray]:
-    """Positions in `tiles` of every split's tiles.
-
-    Raises:
-        UserError: the manifest was made for another data set.
-    """
+    """Positions in `tiles` of every split's tiles; UserError if the manifest was made for another data set."""
     if (found := fingerprint_of(tiles)) != manifest.fingerprint:
-        raise UserError(
-            f"the tiles in {folder} are not those that stage 1 was trained on (fingerprint {found[:12]}, in the "
-            f"manifest {manifest.fingerprint[:12]}); give the same tiles as --tiles-dir, or run stage 1 on these"
-        )
-    position = {tuple(key): i for i, key in enumerate(tiles.keys.tolist())}
-    return {
-        name: np.array([position[tuple(key)] for key in keys.tolist()], dtype=np.int64)
-        for name, keys in manifest.splits.items()
-    }
+        prints = f"fingerprint {found[:12]}, in the manifest {manifest.fingerprint[:12]}"
+        problem = f"the tiles in {folder} are not those that stage 1 was trained on ({prints})"
+        raise UserError(f"{problem}; give the same tiles as --tiles-dir, or run stage 1 on these")
+    row = {tuple(key): i for i, key in enumerate(tiles.keys.tolist())}
+    return {name: np.array([row[tuple(k)] for k in keys], int) for name, keys in manifest.splits.items()}

@@ -11,14 +11,9 @@ from data.norm_stats import NormStats
 
 
 class TileStream:
-    """Normalised tiles out of an array on disk.
-
-    Attributes:
-        shape: (n, bins, N, N).
-    """
+    """Normalised tiles in `dtype` out of kappa (n, bins, N, N): physical, mapped into memory, bins fastest."""
 
     def __init__(self, kappa: np.ndarray, norm_stats: NormStats, device: torch.device, dtype: torch.dtype) -> None:
-        """kappa (n, bins, N, N), mapped into memory, in physical units, bins fastest; tiles are given in `dtype`."""
         self.kappa, self.norm_stats, self.device, self.dtype = kappa, norm_stats, device, dtype
         self.shape = kappa.shape
         self._reader = ThreadPoolExecutor(1, "tile reader")

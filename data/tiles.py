@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+DIGEST_SIZE = hashlib.sha256().digest_size  # bytes
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -49,12 +51,5 @@ def digests_of(kappa: np.ndarray) -> np.ndarray:
 
     They protect from pixels that differ from those that were split, written or cached.
     """
-    digests = empty_digests(len(kappa))
-    for digest, tile in zip(digests, kappa, strict=True):
-        digest[:] = np.frombuffer(hashlib.sha256(np.ascontiguousarray(tile, dtype="<f4").data).digest(), np.uint8)
-    return digests
-
-
-def empty_digests(n_tiles: int) -> np.ndarray:
-    """Uninitialised, uint8 (n, 32)."""
-    return np.empty((n_tiles, hashlib.sha256().digest_size), dtype=np.uint8)
+    digests = [hashlib.sha256(np.ascontiguousarray(tile, dtype="<f4").data).digest() for tile in kappa]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_SIZE)  # (n, 32)

@@ -35,8 +35,7 @@ def variance_outliers(keys: np.ndarray, variance: np.ndarray) -> list[Outlier]:
     Simulations of fewer than MIN_TILES_OF_SIM tiles are left out, and a data set of fewer than MIN_TILES altogether.
 
     Args:
-        keys: (n, 3), in the canonical order.
-        variance: (n, bins).
+        keys, variance: (n, 3), in the canonical order, and (n, bins).
     """
     floor = SMALLEST_VARIANCE * np.median(variance, axis=0) + np.finfo(np.float64).tiny  # (bins,)
     ln_variance = np.log(np.maximum(variance, floor))  # (n, bins)

@@ -32,15 +32,10 @@ class ShardWriter:
         column = pa.array(np.ascontiguousarray(kappa, dtype=np.float32).reshape(-1))  # (n * bins * N * N,)
         for size in kappa.shape[:0:-1]:
             column = pa.FixedSizeListArray.from_arrays(column, size)  # innermost first: rows, bins, tiles
-        table = pa.table(
-            {
-                "kappa": column,
-                **dict(zip(KEY_NAMES, keys.astype(np.int64).T, strict=True)),
-                "noise_level": [noise_level] * len(keys),
-                **dict(zip(PARAM_NAMES, params.astype(np.float64).T, strict=True)),
-            },
-            metadata=self.metadata,
-        )
+        columns = {"kappa": column, **dict(zip(KEY_NAMES, keys.astype(np.int64).T, strict=True))}
+        columns |= {"noise_level": [noise_level] * len(keys)}
+        columns |= dict(zip(PARAM_NAMES, params.astype(np.float64).T, strict=True))
+        table = pa.table(columns, metadata=self.metadata)
         if self.writer is None:  # noise does not compress, and its values do not repeat
             self.writer = pq.ParquetWriter(
                 self.file, table.schema, compression="none", use_dictionary=False, write_statistics=False

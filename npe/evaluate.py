@@ -55,7 +55,7 @@ def evaluate_npe(run: NPERun, members: list[Member]) -> tuple[FomResult, np.ndar
     rng, calibration_rng = (np.random.default_rng([config.seed, purpose]) for purpose in (1, 2))
     median = float(np.median(fiducial.fom))
     calibration, d2 = _calibration(run, npes[0], test, calibration_rng, median)
-    test_lo, test_hi = _interval(test.fom, data.manifest.splits["test"][:, 0], rng)
+    test_lo, test_hi = _interval(test.fom, data.tiles.keys[data.test_ds.rows, 0], rng)
     shift_generator = seeded_generator(config.seed, "npe augmentation shift")
     theta_std = np.array(data.norm_stats.theta_std)
     result = FomResult(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +140,7 @@ def test_the_suite_has_the_duplicates_and_patches_of_its_geometry(published_dir:
     ours = [patch[o, t] for o, t in tiles.keys[-12:, 1:].tolist()]
     assert audit.fiducial is not None
     assert len(set(zip(ours, audit.fiducial.patch_of_tile, strict=True))) == audit.fiducial.n_patches == 6
-    assert json.loads(json.dumps(audit.to_json(), allow_nan=False)) == audit.to_json()
+    assert json.loads(json.dumps(asdict(audit), allow_nan=False)) == asdict(audit)
 
     disjoint = read_tiles(small_tiles_dir, SMALL_LMAX, "noiseless")
     audit = audited(disjoint, splits_of(disjoint), FIDUCIAL, read_orientations(small_tiles_dir))
@@ -316,7 +316,7 @@ def test_both_stages_are_told_where_published_tiles_lie(
     checked = check_tiles(
         CheckConfig(results_dir=str(tmp_path), lmax=16, noise_level="noiseless", geometry="published")
     )
-    assert audits[0] == json.loads(json.dumps(checked.audit.to_json()))
+    assert audits[0] == json.loads(json.dumps(asdict(checked.audit)))
     assert groups[1] == audits[0]["fiducial"]["patch_of_tile"]
     tile_of = {tile: i for i, tile in enumerate(np.ndindex(3, 4))}
     for patch in PATCHES:

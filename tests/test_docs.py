@@ -27,6 +27,7 @@ from data.audit import Audit
 from data.config import CheckConfig, FetchConfig
 from data.ingest.config import IngestConfig
 from data.mock.config import MockConfig
+from data.split import SplitManifest
 from npe.config import NPEConfig, PredictConfig, SweepConfig
 from npe.predict import PredictResult
 from npe.result import FomResult, SweepResult
@@ -217,6 +218,7 @@ def test_make_targets_and_scripts_exist(page: Path) -> None:
 
 
 GENERATED = {
+    "split_manifest.json": (SplitManifest, ""),
     "result.json": (CompressorResult, "audit"),
     "fom_result.json": (FomResult, "audit"),
     "audit": (Audit, ""),

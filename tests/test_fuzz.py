@@ -109,7 +109,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Cal
     write_norm_stats(folder, NormStats((0.0, 0.1, 0.2, 0.3), (1.0, 1.1, 1.2, 1.3), (0.3, 0.8), (0.1, 0.2)))
     write_json(folder / "fom_result.json", sealed({"fom_fiducial_median": 1000.0, "fiducial": {"mu": [[0.3, 0.8]]}}))
     return {
-        "split_manifest.json": (folder, lambda: read_manifest(folder).to_json()),
+        "split_manifest.json": (folder, lambda: read_manifest(folder)),
         "norm_stats.json": (folder, lambda: read_norm_stats(folder)),
         "fom_result.json": (folder, lambda: read_sealed(folder / "fom_result.json", "stage 2")),
     }
