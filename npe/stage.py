@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import compress.stage
 from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, make_empty_folder, named_folder, refuse_finished_run
 from common.device import name_of_dtype, pick_device, seeded_generator
 from common.errors import UserError
@@ -19,6 +18,7 @@ from common.results import write_result
 from common.resume import LastCheckpoint
 from compress.model import TrainedCompressor, load_compressor
 from compress.pictures import draw_loss_curves
+from compress.stage import read_tiles
 from data.cache import read_tiles_through_cache
 from data.module import SplitTiles
 from data.norm_stats import NORM_STATS_NAME, read_norm_stats
@@ -50,7 +50,7 @@ def run_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: None)
         refuse_finished_run(folder, RESULT_NAME, config.restart)
         fixed = {"precision": name_of_dtype(compressor.model.dtype), "compressor": compressor.sha256}
         last = LastCheckpoint(folder, config, fixed, CHECKPOINT_NAME, device, on_checkpoint)
-        data = read_tiles(config, compressor, results_dir, device)
+        data = read_tiles_of(compressor, config, results_dir, device)
         fresh = read_calibration_tiles(config, data)
         if not last.can_resume(data.fingerprints):
             make_empty_folder(folder)
@@ -80,8 +80,8 @@ def _check_against(config: NPEConfig, compressor: TrainedCompressor) -> None:
             raise UserError(f"{flag_of(name)} {given}: {config.ckpt} was trained at {found}; give another --ckpt")
 
 
-def read_tiles(
-    config: NPEConfig, compressor: TrainedCompressor, results_dir: str | Path, device: torch.device
+def read_tiles_of(
+    compressor: TrainedCompressor, config: NPEConfig, results_dir: str | Path, device: torch.device
 ) -> SplitTiles:
     """The data set of stage 1, with its split and normalisation.
 
@@ -109,7 +109,7 @@ def read_tiles(
         tiles_on=config.tiles_on,
         batch_size=config.batch_size,
     )
-    return compress.stage.read_tiles(here, device, compressor.model.dtype, manifest, norm_stats)
+    return read_tiles(here, device, compressor.model.dtype, manifest, norm_stats)
 
 
 def read_calibration_tiles(config: NPEConfig, data: SplitTiles) -> Tiles | None:
