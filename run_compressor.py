@@ -4,8 +4,6 @@ python run_compressor.py --lmax 200          here
 modal run run_compressor.py --lmax 200       on a Modal GPU, same options
 """
 
-from __future__ import annotations
-
 from common.command import Command
 from compress.config import CompressorConfig
 from compress.result import CompressorResult

@@ -4,8 +4,6 @@ python run_fetch.py --lmax 200 --noise-level des_y3       here
 modal run run_fetch.py --lmax 200                         on Modal, onto the Volume
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from common.command import Command

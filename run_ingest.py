@@ -4,8 +4,6 @@ python run_ingest.py --lightcones DIR --params gower_street_runs.csv --nz nz.txt
 modal run run_ingest.py --lightcones URL ...            on Modal, a container per simulation, onto the Volume
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from common.command import Command

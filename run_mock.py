@@ -4,8 +4,6 @@ python run_mock.py --lmax 200 --noise-level des_y3 --n-sims 791       here, all 
 modal run run_mock.py --lmax 200                                      on Modal, onto the Volume
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from common.command import Command

@@ -1,7 +1,5 @@
 """Where every file of a run lies, and how it is written: whole, or not at all."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Checkpoints: tensors and plain values, written whole, read without running code."""
 
-from __future__ import annotations
-
 import io
 import zipfile
 from pathlib import Path

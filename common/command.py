@@ -3,8 +3,6 @@
 Only this file knows Modal. Without the package `modal` is None here, and the commands run as they are.
 """
 
-from __future__ import annotations
-
 import importlib
 import shlex
 import sys

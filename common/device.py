@@ -1,7 +1,5 @@
 """Device, precision, and what goes to the device."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import platform

@@ -1,7 +1,5 @@
 """Early stopping on a validation loss."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """UserError, the exception for a user's mistake; lines on stderr; exit codes."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """One look for all pictures, and a way to save them whole."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

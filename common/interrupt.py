@@ -4,8 +4,6 @@ A signal raises Interrupted wherever the command is, and libraries swallow an ex
 imported or something is deleted. So it is remembered, and `check`, which every loop calls, raises it again.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator

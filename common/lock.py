@@ -1,7 +1,5 @@
 """Exclusive locks, which a process that dies lets go of."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress

@@ -1,7 +1,5 @@
 """What this machine has for this process: cores and memory."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Literal

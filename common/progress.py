@@ -1,7 +1,5 @@
 """Progress: a bar on a terminal, a plain line now and then elsewhere; metrics as JSON lines."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

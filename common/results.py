@@ -1,7 +1,5 @@
 """Results are types: frozen dataclasses whose fields are the keys of a JSON file, each with its meaning."""
 
-from __future__ import annotations
-
 import dataclasses
 import types
 import typing

@@ -1,7 +1,5 @@
 """last.ckpt: everything that an interrupted training needs to resume and end in the same bits."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import time

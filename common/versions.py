@@ -1,7 +1,5 @@
 """What a result was made by: the commit of this code, and the versions of what it stands on."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """Options of run_compressor.py, and what both stages compute with."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

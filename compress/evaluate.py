@@ -1,7 +1,5 @@
 """Evaluation of a compressor: what trained weights and data give."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from itertools import islice

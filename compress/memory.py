@@ -1,7 +1,5 @@
 """How much memory a step of the network needs: tiles are held on a device only if both fit."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

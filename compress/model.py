@@ -1,7 +1,5 @@
 """FieldLevelCompressor: an EfficientNet (or power spectra) with a linear head that maps a tile to normalised theta."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 

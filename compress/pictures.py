@@ -1,7 +1,5 @@
 """Pictures of stage 1: predicted against true parameters; the loss curves, which stage 2 has too."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

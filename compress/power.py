@@ -1,7 +1,5 @@
 """PowerFilters: a network that sees a tile's power spectra and nothing else."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn import functional

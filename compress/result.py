@@ -1,7 +1,5 @@
 """CompressorResult: what stage 1 has reached, and what it was made with."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Learning-rate schedule: linear warm-up, then step decay."""
 
-from __future__ import annotations
-
 
 def lr_at(
     step: int, *, steps_per_epoch: int, peak: float, warmup_steps: int, decay_factor: float, decay_epochs: int

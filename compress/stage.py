@@ -1,7 +1,5 @@
 """Stage 1 from shards to result.json: read, train, evaluate, write."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

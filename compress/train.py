@@ -1,7 +1,5 @@
 """Stage 1, the training loop: keep the weights with the lowest validation loss."""
 
-from __future__ import annotations
-
 import copy
 import time
 from functools import partial

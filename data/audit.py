@@ -1,7 +1,5 @@
 """Audit of tiles before a training: what the splits share, odd tiles, and the fiducial's place among the others."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

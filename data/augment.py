@@ -8,8 +8,6 @@ A HEALPix face is not periodic and its turns are not exact isometries of the sph
 approximate symmetries: stage 2 reports how far they move the summaries.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

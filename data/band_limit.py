@@ -1,7 +1,5 @@
 """Up to which multipole do tiles have power? It shows a wrong lmax where the shards do not state it."""
 
-from __future__ import annotations
-
 import numpy as np
 
 N_TILES = 24  # to look at

@@ -7,8 +7,6 @@ tiles.npz is written last and removed first, so it never stands beside pixels th
 at a time writes, and the others wait for it.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 import zipfile

@@ -1,7 +1,5 @@
 """Read a folder of tiles, split it, audit it: how a training begins, and all that run_check.py does."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Options of the commands that work on tiles: run_check.py, run_fetch.py, and what the others share with them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Tiles that belong together: the same pixels, or most of the same sky."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components

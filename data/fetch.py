@@ -3,8 +3,6 @@
 Not by snapshot_download, which checks no hashes, and after Ctrl-C first completes the files that it is downloading.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """TileDataModule: the tiles of a survey, split, normalised, on the device, in batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The same tiles without noise (--noiseless-tiles), and whether they are the same."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Means and standard deviations that tiles and theta are normalised with: norm_stats.json."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A picture of a suite: one tile, bin by bin, and the cosmologies."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Reading all shards of a folder: their labels first, checked, then the pixels, shards side by side."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """What a tile is: columns, shapes, units, noise levels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

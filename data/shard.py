@@ -3,8 +3,6 @@
 There are two layouts: published shards have kappa as nested lists of doubles, our own as fixed-size lists of float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

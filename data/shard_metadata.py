@@ -1,7 +1,5 @@
 """What a shard says about itself: how it was made, for which lmax, where its tiles lie, and the hash of its rows."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

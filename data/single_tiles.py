@@ -1,7 +1,5 @@
 """Tiles for a prediction, which need no cosmology: from a shard or from a numpy file."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A simulation's sky is turned once per orientation, and the equatorial HEALPix ba
 tiles.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np

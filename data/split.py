@@ -1,7 +1,5 @@
 """The split of a data set: made once, written as split_manifest.json, loaded by stage 2."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path

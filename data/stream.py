@@ -1,7 +1,5 @@
 """Tiles that stay on the disk: read batch by batch, the next one while this one is computed with."""
 
-from __future__ import annotations
-
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np

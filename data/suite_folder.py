@@ -1,7 +1,5 @@
 """The folder of a suite of tiles: what its shards say, which are finished, what --restart deletes, and its picture."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

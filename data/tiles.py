@@ -1,7 +1,5 @@
 """Tiles in memory, and the hash of each tile's pixels."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 

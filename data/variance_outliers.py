@@ -1,7 +1,5 @@
 """Tiles whose variance is far from the variance of their simulation's other tiles."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

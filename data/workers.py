@@ -5,8 +5,6 @@ result, the parent's recv ends. In concurrent.futures and in joblib's loky, all 
 keeps open too; it then waits forever for the rest of the result.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

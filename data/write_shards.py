@@ -1,7 +1,5 @@
 """Writing shards of tiles, in our own compact layout: kappa as fixed-size lists of float32."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager

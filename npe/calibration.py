@@ -1,7 +1,5 @@
 """Is a posterior as wide as it says? z-scores, Mahalanobis distances and expected coverage on tiles of known theta."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.stats import chi2
 

@@ -1,7 +1,5 @@
 """Tiles seen through the frozen compressor, compressed anew at every access."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Several NPEs that learn from the same batches: how far their posteriors differ, and their mixture."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Evaluation of stage 2: trained weights and data become the Figure of Merit and its evidence."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Figures of Merit of a set of tiles: medians, scatter, bootstrap errors; what augmentation does to summaries."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """GaussianNPE: a Gaussian posterior for theta whose mean and full covariance depend on the summary."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path

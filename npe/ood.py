@@ -1,7 +1,5 @@
 """Out-of-distribution check: does a tile look like those that a posterior was learnt from?"""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from functools import reduce

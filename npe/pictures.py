@@ -1,7 +1,5 @@
 """Pictures of stage 2: the fiducial posteriors and their Figures of Merit; the calibration; tiles as maps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Single tiles answered: posterior, samples, and the out-of-distribution check."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """report.html: one self-contained page about a stage-2 run, from report.html.j2; pictures inside, nothing fetched."""
 
-from __future__ import annotations
-
 import base64
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """FomResult: the main product of this program, and all that it rests on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

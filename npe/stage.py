@@ -1,7 +1,5 @@
 """Stage 2 from a compressor's checkpoint to fom_result.json: read, train, evaluate, write."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Both stages over several lmax and seeds: every point a run of its own, and the curve through them."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace

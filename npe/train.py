@@ -1,7 +1,5 @@
 """Stage 2, the training loop: every member keeps its weights with the lowest loss on the test split."""
 
-from __future__ import annotations
-
 import time
 
 import torch

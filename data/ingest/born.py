@@ -3,8 +3,6 @@
 All distances are comoving and in Mpc/h, as in the simulations' files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Options of run_ingest.py."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args

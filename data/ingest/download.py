@@ -1,7 +1,5 @@
 """Download a large file; an interrupted download resumes where it stopped."""
 
-from __future__ import annotations
-
 import shutil
 import time
 import urllib.error

@@ -5,8 +5,6 @@ z_values.txt, a file run.NNNNN.lightcone.npy for the shell of step NNNNN (partic
 shells run.NNNNN.incomplete.npy, which says that the box did not cover the whole sky: such a shell is left out.
 """
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import lzma

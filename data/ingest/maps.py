@@ -1,7 +1,5 @@
 """Full-sky convergence maps from FITS files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import healpy

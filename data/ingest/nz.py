@@ -1,7 +1,5 @@
 """Source redshift distributions n(z) from a file."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The table of a suite's cosmologies, as the Gower Street site serves it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

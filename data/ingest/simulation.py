@@ -1,7 +1,5 @@
 """One simulation, from its lightcone or its convergence maps to a shard of tiles for every lmax and noise level."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Many simulations to the shards of a suite, by worker processes here or by containers."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import re

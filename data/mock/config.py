@@ -1,7 +1,5 @@
 """Options of run_mock.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Cosmologies of the mock suite: a low-discrepancy design in the shape of the Gower Street suite."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.stats import norm, qmc, rv_histogram, truncnorm
 

@@ -1,7 +1,5 @@
 """The exact posterior of (Omega_m, S8) from flat Gaussian tiles, on a grid or by importance sampling."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

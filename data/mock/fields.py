@@ -1,7 +1,5 @@
 """Full-sky convergence of a cosmology as spherical-harmonic coefficients alm, in the order of data.sphere.harmonics."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import ducc0

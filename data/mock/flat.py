@@ -5,8 +5,6 @@ The coefficients of different n are independent, those of the four bins complex 
 (C_ell + N_ell) / L^2 at ell = 2 pi |n| / L. Modes go up to lmax, and stay below the pixels' Nyquist frequency.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 

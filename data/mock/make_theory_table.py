@@ -4,8 +4,6 @@ pyccl is a development dependency: `pip install pyccl`. The spectra are those of
 (1998, astro-ph/9709112) with the halofit of Takahashi et al. (2012, arXiv:1208.2701), Limber.
 """
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one pool: processes over cosmologies

@@ -1,7 +1,5 @@
 """Source redshift distributions n(z) of the four tomographic bins of the mock suite."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.special import gammaln, xlogy  # scipy.stats takes longer to import than a worker process to start
 

@@ -1,7 +1,5 @@
 """One simulation of the mock suite. Every worker process imports this file, so it imports little."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

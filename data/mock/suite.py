@@ -1,7 +1,5 @@
 """Build a mock suite: cosmologies, skies, noise, tiles, shards."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@ The table is a polynomial in seven parameters for the principal components of ln
 pairs of bins. `make_theory_table.py` makes it from pyccl; nothing here needs pyccl.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from itertools import combinations_with_replacement
 from pathlib import Path

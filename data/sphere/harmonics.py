@@ -3,8 +3,6 @@
 alm arrays are complex128 (..., n_alm) in healpy's order: m = 0 for ell = 0..lmax, then m = 1, ...
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from data.schema import noise_cl

@@ -1,7 +1,5 @@
 """How much of each multipole survives averaging over HEALPix pixels."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import ducc0

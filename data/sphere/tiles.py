@@ -1,7 +1,5 @@
 """Cut the twelve tiles out of a simulated sky: the equatorial HEALPix faces of its three orientations."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import ducc0
