@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from common.figures import BLUE, GREY, ORANGE, figure
 from common.progress import METRICS_NAME, read_metrics
@@ -58,6 +58,7 @@ def draw_loss_curves(folder: Path, title: str, curves: dict[str, str], best_epoc
         marked = f"best: {validation[best]:.4f} in epoch {best_epoch}"
         axes.plot(best_epoch, validation[best], "o", color=ORANGE, label=marked)
         axes.set(xlabel="epoch", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
