@@ -1,5 +1,5 @@
 # `make demo`: from nothing to a Figure of Merit with pictures.   `make test`: ruff, mypy, pytest.
-# `make exact`, `make leakage`: the evidence in the README, again.   `make bench`: how fast it is.   `make gpu`: a GPU, checked.
+# `make exact`, `make leakage`: the evidence in docs/, again.   `make bench`: how fast it is.   `make gpu`: a GPU, checked.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --results-dir results/demo
