@@ -11,7 +11,7 @@ from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, make_empty_folder, named
 from common.device import name_of_dtype, pick_device, seeded_generator
 from common.errors import UserError
 from common.lock import exclusive
-from common.options import flag_of
+from common.options import flag_of, tag_suffix
 from common.results import write_result
 from common.resume import LastCheckpoint
 from compress.model import TrainedCompressor, load_compressor
@@ -43,7 +43,7 @@ def run_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: None)
     compressor = load_compressor(Path(config.ckpt), device, config.precision)
     _check_against(config, compressor)
     results_dir = config.results_dir or _results_dir_of(Path(config.ckpt).parent)
-    folder = Path(results_dir, NPE_RUNS, config.tag or compressor.config.run_tag)
+    folder = Path(results_dir, NPE_RUNS, config.tag or compressor.config.run_tag + tag_suffix(config))
     with exclusive(folder):
         refuse_finished_run(folder, RESULT_NAME, config.restart)
         fixed = {"precision": name_of_dtype(compressor.model.dtype), "compressor": compressor.sha256}

@@ -23,13 +23,14 @@ from common.early_stopping import EarlyStopping
 from common.errors import UserError, exit_on_user_error
 from common.figures import figure
 from common.interrupt import Interrupted, listening
-from common.options import difference, identity, parse_args, with_signature_of
+from common.options import difference, flag_of, identity, parse_args, with_signature_of
 from compress.config import CompressorConfig
 from compress.model import pick_precision
 from compress.schedule import lr_at
-from data.config import CheckConfig
+from data.config import CheckConfig, FetchConfig
+from data.ingest.config import IngestConfig
 from data.mock.config import MockConfig
-from npe.config import NPEConfig
+from npe.config import NPEConfig, PredictConfig, SweepConfig
 
 SCHEDULE = {"steps_per_epoch": 52, "peak": 8e-3, "warmup_steps": 500, "decay_factor": 0.85, "decay_epochs": 20}
 
@@ -121,11 +122,25 @@ def test_float32_means_float32_and_bf16_is_taken_where_a_gpu_computes_in_it(monk
         assert pick_precision("auto", torch.device("cuda:0"), "efficientnet_v2_s") is expected
 
 
-@pytest.mark.parametrize("config_class", [MockConfig, CheckConfig, CompressorConfig, NPEConfig])
-def test_the_command_line_and_the_modal_signature_come_from_one_definition(config_class: type) -> None:
-    given = ["--ckpt", "x"] if config_class is NPEConfig else []
-    parsed, built = parse_args(config_class, given), []
-    assert parsed == config_class(**({"ckpt": "x"} if given else {}))
+@pytest.mark.parametrize(
+    ("config_class", "given"),
+    [
+        (MockConfig, {}),
+        (CheckConfig, {}),
+        (CompressorConfig, {}),
+        (FetchConfig, {}),
+        (SweepConfig, {}),
+        (NPEConfig, {"ckpt": "x"}),
+        (PredictConfig, {"run": "x", "tiles": "y"}),
+        (IngestConfig, {"kappa_maps": "x", "params": "y"}),
+    ],
+)
+def test_the_command_line_and_the_modal_signature_come_from_one_definition(
+    config_class: type, given: dict[str, str]
+) -> None:
+    words = [word for name, value in given.items() for word in (flag_of(name), value)]
+    parsed, built = parse_args(config_class, words), []
+    assert parsed == config_class(**given)
     modal_main = with_signature_of(config_class, built.append)
     assert list(inspect.signature(modal_main).parameters) == list(config_class.__dataclass_fields__)
     modal_main(**{name: p.default for name, p in inspect.signature(modal_main).parameters.items()} | vars(parsed))
