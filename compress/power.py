@@ -4,7 +4,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from common.errors import UserError
+
 N_SCALES, FILTERS_PER_SCALE, FILTER_WIDTH, HIDDEN = 5, 24, 5, 64
+SMALLEST_SIDE = FILTER_WIDTH // 2 * 2 ** (N_SCALES - 1)  # pixels: the coarsest scale is then as wide as its padding
 SOFTENING = 1e-4  # of the variance of a normalised pixel; keeps the logarithm finite for a constant tile
 BINOMIAL = (0.125, 0.375, 0.375, 0.125)  # smooths away what a grid of half as many pixels would alias
 
@@ -44,6 +47,9 @@ class PowerFilters(nn.Module):
         )
 
     def forward(self, kappa: torch.Tensor) -> torch.Tensor:
+        if (side := kappa.shape[-1]) < SMALLEST_SIDE:
+            needs = f"--backbone power needs tiles of {SMALLEST_SIDE} pixels a side or more"
+            raise UserError(f"{needs}, these have {side}; give another --backbone")
         log_powers = []
         for number, filters in enumerate(self.filters):
             if number:

@@ -244,6 +244,14 @@ def test_no_fiducial_stage_1_warns_and_stage_2_refuses(
     assert "no simulation 777" in err
 
 
+def test_a_backbone_that_needs_larger_tiles_says_so(small_suite: Path, tmp_path: Path, run_command: Callable) -> None:
+    copy_tiles(small_suite, tmp_path)
+    code, _, err = run_command("run_compressor.py", "--results-dir", tmp_path, *STAGE_1, "--backbone", "power")
+    assert code == 2
+    assert "--backbone power needs tiles of 32 pixels" in err.splitlines()[-1]
+    assert not list((tmp_path / "field_compressor_runs").glob("*/*"))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(small_suite: Path, tmp_path: Path, run_command: Callable) -> None:
     copy_tiles(small_suite, tmp_path)
     code, _, err = run_command(
