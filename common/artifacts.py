@@ -28,17 +28,12 @@ def named_folder(text: str, lmax: int, noise_level: str) -> Path:
     return Path(text.replace("{lmax}", str(lmax)).replace("{noise_level}", noise_level))
 
 
-def refuse_finished_run(folder: Path, result_file: str, restart: bool) -> None:
-    """Keep a finished run safe: raises UserError if the folder holds a result and --restart was not given."""
-    if (folder / result_file).exists() and not restart:
-        raise UserError(f"{folder} holds a finished run; add --restart to replace it, or --tag NAME to keep both")
-
-
 class CannotWriteError(UserError):
     """A file or folder that the system will not let us write."""
 
     def __init__(self, path: Path, error: OSError) -> None:
         cure = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "give write permission"
+        cure = "give a shorter name" if error.errno == errno.ENAMETOOLONG else cure
         self.reason = error.strerror or str(error)
         super().__init__(f"cannot write {path} ({self.reason}); {cure} there, or choose another --results-dir")
 
@@ -95,7 +90,7 @@ def read_json(path: Path, written_by: str = "stage 1") -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {written_by} writes it, keep the files of a run together") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); run {written_by} again") from None
+        raise UserError(f"{path} cannot be read as JSON ({error}); run {written_by} again, with --restart") from None
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +102,9 @@ def read_sealed(path: Path, written_by: str) -> dict[str, Any]:
     """Read JSON that was sealed; UserError if the file is missing, is not JSON, or was changed."""
     content = read_json(path, written_by)
     if not isinstance(content, dict) or content != sealed({k: v for k, v in content.items() if k != "sha256"}):
-        raise UserError(f"{path} was changed after it was written (its hash does not fit); run {written_by} again")
+        raise UserError(
+            f"{path} was changed after it was written (its hash does not fit); run {written_by} again, with --restart"
+        )
     return content
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
+import operator
 import re
 import sys
 import types
@@ -64,13 +66,13 @@ class ResultsOptions:
         for field in dataclasses.fields(self):
             value, flag = getattr(self, field.name), flag_of(field.name)
             about = field.metadata
-            if about["above"] is not None and not value > about["above"]:
-                raise UserError(f"{flag} is {value}; it must be positive")
-            if about["at_least"] is not None and not value >= about["at_least"]:
-                raise UserError(f"{flag} is {value}; it must not be negative")
-            if about["below"] is not None and not value < about["below"]:
-                raise UserError(f"{flag} is {value}; it must be below {about['below']}")
-            if about["plain_name"] and (value.startswith(".") or "/" in value or "\\" in value):
+            for bound, holds in (("above", operator.gt), ("at_least", operator.ge), ("below", operator.lt)):
+                if about[bound] is not None and not (holds(value, about[bound]) and math.isfinite(value)):
+                    raise UserError(
+                        f"{flag} is {value}; it must be {bound.replace('_', ' ')} {about[bound]}, and finite"
+                    )
+            empty = not value and bool(field.default)
+            if about["plain_name"] and (empty or value.startswith(".") or "/" in value or "\\" in value):
                 raise UserError(f"{flag} {value!r} must be a plain folder name, without slashes or a leading dot")
 
 
@@ -78,8 +80,10 @@ class ResultsOptions:
 class SeedOptions(ResultsOptions):
     """Options of a command that draws at random and writes."""
 
-    seed: int = option(42, "seed of every random draw of this command", at_least=0)
-    restart: bool = option(False, "delete a finished run or suite of the same name and start over", may_change=True)
+    seed: int = option(42, "seed of every random draw of this command", at_least=0, below=2**63)
+    restart: bool = option(
+        False, "replace a finished run or suite of the same name; an unfinished one resumes", may_change=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +139,13 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse_args(config_class: type[Config], argv: list[str] | None = None) -> Config:
-    """Build a command's config from the command line; one flag per field; UserError for a value without sense."""
+def parse_args(config_class: type[Config], argv: list[str] | None = None, program: str | None = None) -> Config:
+    """Build a command's config from the command line; one flag per field; UserError for a value without sense.
+
+    Usage names the `program`, which is the command's own without one.
+    """
     parser = argparse.ArgumentParser(
-        description=config_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        program, description=config_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     types_of = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -157,13 +164,25 @@ def parse_args(config_class: type[Config], argv: list[str] | None = None) -> Con
         elif typing.get_origin(annotation) is Literal:
             kwargs.update(choices=typing.get_args(annotation))
         elif recipes := field.metadata["recipes"]:
-            words = {name: " ".join(f"{flag_of(n)} {v}" for n, v in recipe.items()) for name, recipe in recipes.items()}
+            texts = {name: " ".join(f"{flag_of(n)} {v}" for n, v in recipe.items()) for name, recipe in recipes.items()}
             kwargs.update(choices=list(recipes))
-            kwargs["help"] += "; " + "; ".join(f"{name} is {text}" for name, text in words.items())
+            kwargs["help"] += "; " + "; ".join(f"{name} is {text}" for name, text in texts.items())
         else:
             kwargs.update(type=annotation, metavar=annotation.__name__.upper())
         parser.add_argument(flag_of(field.name), **kwargs)
-    return _with_recipe(config_class, vars(parser.parse_args(argv)))
+    words = _with_quotes_joined(sys.argv[1:] if argv is None else argv, names_of(config_class, "quotes"))
+    return _with_recipe(config_class, vars(parser.parse_args(words)))
+
+
+def _with_quotes_joined(words: list[str], quotes: list[str]) -> list[str]:
+    """`--stage-1 "--restart"` as `--stage-1=--restart`: argparse takes a value of one word for the next option."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in map(flag_of, quotes):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _with_recipe(config_class: type[Config], given: dict[str, Any]) -> Config:

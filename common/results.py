@@ -29,7 +29,9 @@ def read_result(path: Path, result_class: type[Result], written_by: str) -> Resu
     try:
         return typing.cast(Result, _built(result_class, content))
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is of another version of this program; run {written_by} again") from None
+        raise UserError(
+            f"{path} is of another version of this program; run {written_by} again, with --restart"
+        ) from None
 
 
 def _built(kind: Any, value: Any) -> Any:

@@ -24,6 +24,17 @@ KEYS = ("options", "data", "position", "state", "best", "elapsed_s")
 CURE = "add --restart to start over"
 
 
+def refuse_finished_run(folder: Path, result_file: str, restart: bool) -> None:
+    """Keep a finished run safe: raises UserError if the folder holds a result and --restart was not given.
+
+    With --restart nothing is resumed: a last.ckpt beside a result is one that a kill at the end has left there.
+    """
+    if (folder / result_file).exists():
+        if not restart:
+            raise UserError(f"{folder} holds a finished run; add --restart to replace it, or --tag NAME to keep both")
+        (folder / LAST_NAME).unlink(missing_ok=True)
+
+
 class Part(Protocol):
     """What has a state: modules, optimisers, early stopping."""
 

@@ -13,8 +13,10 @@ Backbone = Literal["efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "t
 
 # Named sets of options for --recipe; the defaults below are the mission's recipe. docs/recipes.md has the evidence.
 RECIPES: dict[str, dict[str, Any]] = {
-    "laptop": {"backbone": "tiny", "max_epochs": 20, "warmup_steps": 100, "decay_epochs": 5, "decay_factor": 0.6}
-    | {"ema_decay": 0.99, "norm_tiles": 1024},
+    "laptop": {
+        **{"backbone": "tiny", "max_epochs": 20, "warmup_steps": 100, "decay_epochs": 5, "decay_factor": 0.6},
+        **{"ema_decay": 0.99, "norm_tiles": 1024},
+    },
 }
 
 
@@ -40,7 +42,7 @@ class CompressorConfig(SplitOptions, TrainingOptions):
     params: str = option(",".join(FOM_PARAMS), "parameters to infer, columns of the shards", in_tag=True)
     backbone: Backbone = option("efficientnet_v2_s", "network; tiny for laptops, power sees power spectra alone")
     max_epochs: int = option(500, "train at most so many epochs", above=0)
-    batch_size: int = option(128, "tiles per step", above=0)
+    batch_size: int = option(128, "tiles per step", at_least=2)
     patience: int = option(50, "stop after so many epochs without a lower validation loss", above=0)
     learning_rate: float = option(8e-3, "peak learning rate of AdamW", above=0)
     weight_decay: float = option(1e-5, "weight decay of AdamW", at_least=0)
@@ -71,7 +73,7 @@ class CompressorConfig(SplitOptions, TrainingOptions):
     @property
     def theta_names(self) -> tuple[str, ...]:
         """The parameters to infer, in the order of theta."""
-        return tuple(name.strip() for name in self.params.split(","))
+        return tuple(self.params.split(","))
 
     @property
     def run_tag(self) -> str:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from common.artifacts import COMPRESSOR_RUNS, make_empty_folder, named_folder, refuse_finished_run, tiles_folder
+from common.artifacts import COMPRESSOR_RUNS, make_empty_folder, named_folder, tiles_folder
 from common.device import name_of_dtype, pick_device
 from common.errors import warn
 from common.lock import exclusive
 from common.results import write_result
-from common.resume import LastCheckpoint
+from common.resume import LastCheckpoint, refuse_finished_run
 from compress.config import CompressorConfig
 from compress.evaluate import CompressorEvaluation, evaluate_compressor
 from compress.memory import bytes_of_a_step
@@ -48,8 +48,8 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
         data = read_tiles(config, device, dtype)
         if not last.can_resume(data.fingerprints):
             make_empty_folder(folder)
-            write_manifest(folder, data.manifest)
-            write_norm_stats(folder, data.norm_stats)
+        write_manifest(folder, data.manifest)
+        write_norm_stats(folder, data.norm_stats)
 
         torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
         model = FieldLevelCompressor(config.backbone, data.tiles.n_bins, len(data.params), dtype).to(device)

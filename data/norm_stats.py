@@ -57,10 +57,13 @@ def compute_norm_stats(theta: np.ndarray, moments: Moments) -> NormStats:
     """
     mean = moments.mean.mean(axis=0)  # (bins,)
     std = np.sqrt((moments.variance + np.square(moments.mean - mean)).mean(axis=0))  # (bins,)
-    theta_std = theta.std(axis=0)
-    if not (std > 0).all() or not (theta_std > 0).all():
-        raise UserError("a bin or a parameter is constant over the training split; add simulations, other cosmologies")
-    return NormStats(*(tuple(float(v) for v in values) for values in (mean, std, theta.mean(axis=0), theta_std)))
+    if not (std > 0).all():
+        raise UserError(f"bin {std.argmin() + 1} is constant over the training split; rebuild the tiles")
+    if not (varies := np.ptp(theta, axis=0) > 0).all():  # rounding makes a standard deviation of equal numbers
+        constant = f"parameter {varies.argmin() + 1} of --params is constant over the training split"
+        raise UserError(f"{constant}; leave it out, or add simulations of other cosmologies")
+    of_theta = theta.mean(axis=0), theta.std(axis=0)
+    return NormStats(*(tuple(float(v) for v in values) for values in (mean, std, *of_theta)))
 
 
 def write_norm_stats(folder: Path, stats: NormStats) -> None:

@@ -102,7 +102,7 @@ def read_labels(path: Path, lmax: int, noise_level: str = "") -> ShardLabels:
     noise_level = noise_level or str(levels[0])
     if len(wrong := np.flatnonzero(levels != noise_level)):
         found = f"{path}, row {wrong[0]}: noise level {levels[wrong[0]]!r}, not {noise_level!r}"
-        raise UserError(f"{found}; change --noise-level or --tiles-dir")
+        raise UserError(f"{found}; give another --noise-level or other tiles")
     return ShardLabels(path, keys, params, noise_level, n_bins, content)
 
 

@@ -73,7 +73,10 @@ def _of_npy(path: Path, lmax: int, nside: int, n_bins: int) -> tuple[np.ndarray,
         wanted = f"floats ({n_bins}, {nside}, {nside}) or (n, {n_bins}, {nside}, {nside})"
         found = f"--tiles {path} holds {getattr(given, 'dtype', 'no array')} {shape}"
         raise UserError(f"{found}; the run is for lmax {lmax}, so give {wanted}")
+    if not given.size:
+        raise UserError(f"--tiles {path} holds no tile; give one or more")
     given = given.reshape(-1, n_bins, nside, nside)  # (n, bins, N, N)
     kappa = empty_kappa(*given.shape[:3])
-    kappa[:] = given
+    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite and is refused
+        kappa[:] = given
     return kappa, tuple(map(str, range(len(given))))

@@ -78,13 +78,14 @@ class SweepRun:
 
     def compressor(self) -> CompressorConfig:
         """Options of stage 1."""
-        return self._parsed(CompressorConfig, self.sweep.stage_1, lmax=self.lmax, noise_level=self.sweep.noise_level)
+        return self._parsed(CompressorConfig, "stage_1", lmax=self.lmax, noise_level=self.sweep.noise_level)
 
     def npe(self, ckpt: str) -> NPEConfig:
         """Options of stage 2."""
-        return self._parsed(NPEConfig, self.sweep.stage_2, ckpt=ckpt)
+        return self._parsed(NPEConfig, "stage_2", ckpt=ckpt)
 
-    def _parsed(self, config_class: type[Config], text: str, **given: Any) -> Config:
+    def _parsed(self, config_class: type[Config], quotes: str, **given: Any) -> Config:
+        text: str = getattr(self.sweep, quotes)
         given |= {"results_dir": self.sweep.results_dir, "seed": self.seed, "tag": self.tag}
         own = {flag_of(name): str(value) for name, value in given.items()}
         try:
@@ -93,7 +94,8 @@ class SweepRun:
             raise UserError(f"{text!r} cannot be read as options ({error}); check its quotes") from None
         if twice := [word for word in words if word.split("=")[0] in own]:
             raise UserError(f"{twice[0]} is the sweep's own option; leave it out of the quotes")
-        return parse_args(config_class, [*chain(*own.items()), *words])
+        program = f"run_sweep.py {flag_of(quotes)}"
+        return parse_args(config_class, [*chain(*own.items()), *words], program)
 
 
 @dataclass(frozen=True, kw_only=True)

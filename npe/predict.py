@@ -20,7 +20,7 @@ from data.schema import LABELS, nside_of
 from data.single_tiles import SingleTiles, read_single_tiles
 from npe.compressed import CompressedTileDataset
 from npe.config import PredictConfig
-from npe.model import CHECKPOINT_NAME, Posterior, load_npe, predict_posterior
+from npe.model import CHECKPOINT_NAME, GaussianNPE, Posterior, load_npe, predict_posterior
 from npe.ood import REFERENCE_NAME, WARN_BELOW, OutOfDistributionCheck, Reference, load_reference, look_at
 from npe.pictures import draw_predictions
 from npe.result import FomResult, read_fom_result
@@ -119,6 +119,8 @@ def _read_run(folder: Path, device: torch.device) -> _FinishedRun:
     Raises:
         UserError: one of its files is missing or was changed.
     """
+    if not folder.is_dir():
+        raise UserError(f"--run {folder} is no folder; give that of a finished stage-2 run")
     result = read_fom_result(folder)
     reference = load_reference(folder / REFERENCE_NAME, result.reference_sha256)
     moved = folder.resolve().parent.parent / COMPRESSOR_RUNS / result.compressor_checkpoint
@@ -143,8 +145,23 @@ def _answer(run: _FinishedRun, tiles: SingleTiles) -> tuple[Posterior, dict[str,
     dataset = CompressedTileDataset(whole_dataset(tiles, params, run.norm_stats, run.device, model.dtype), model)
     summary, spectra = look_at(dataset, run.compressor.config.lmax, BATCH_SIZE)
     npe = load_npe(run.folder / CHECKPOINT_NAME, len(params), run.device)[0]
-    posterior = predict_posterior(npe, torch.from_numpy(summary).float().to(run.device), params, run.norm_stats)
+    given = torch.from_numpy(summary).float().to(run.device)  # (n, d)
+    _refuse_without_posterior(npe, given, tiles.names)
+    posterior = predict_posterior(npe, given, params, run.norm_stats)
     return posterior, OutOfDistributionCheck(run.reference, tiles.n_bins).tail_probabilities(summary, spectra)
+
+
+@torch.no_grad()
+def _refuse_without_posterior(npe: GaussianNPE, summary: torch.Tensor, names: tuple[str, ...]) -> None:
+    """Raise UserError for a summary (n, d) so far from all others that the network's exponentials leave float32."""
+    mu, factor = npe(summary)  # (n, d), (n, d, d)
+    good = mu.isfinite().all(dim=1) & factor.isfinite().all(dim=(1, 2))
+    good &= (factor.diagonal(dim1=1, dim2=2) > 0).all(dim=1)  # (n,)
+    if not good.all():
+        far = (
+            f"tile {names[int(good.int().argmin())]} is so unlike what the network learnt from that it has no posterior"
+        )
+        raise UserError(f"{far}; check its units and its noise level")
 
 
 def _of_tile(name: str, i: int, posterior: Posterior, tails: dict[str, np.ndarray]) -> Prediction:

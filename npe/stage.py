@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, make_empty_folder, named_folder, refuse_finished_run
+from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, make_empty_folder, named_folder
 from common.device import name_of_dtype, pick_device, seeded_generator
 from common.errors import UserError
 from common.lock import exclusive
 from common.options import flag_of, tag_suffix
 from common.results import write_result
-from common.resume import LastCheckpoint
+from common.resume import LastCheckpoint, refuse_finished_run
 from compress.model import TrainedCompressor, load_compressor
 from compress.pictures import draw_loss_curves
 from compress.stage import read_tiles
@@ -122,7 +122,8 @@ def read_calibration_tiles(config: NPEConfig, data: SplitTiles) -> Tiles | None:
             "give independent simulations (python run_mock.py --fresh makes some)"
         )
     if tiles.n_bins != data.tiles.n_bins:
-        raise UserError(f"--calibration-tiles has {tiles.n_bins} bins, the run's tiles have {data.tiles.n_bins}")
+        found = f"--calibration-tiles has {tiles.n_bins} bins, the run's tiles have {data.tiles.n_bins}"
+        raise UserError(f"{found}; give simulations of the same survey")
     return tiles
 
 

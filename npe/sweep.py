@@ -4,9 +4,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, SWEEPS, named_folder, sha256_of_file, tiles_folder, write_json
 from common.errors import UserError, say
@@ -15,7 +16,7 @@ from common.options import difference, identity
 from common.results import read_result
 from common.versions import COMMIT, versions
 from compress.config import CompressorConfig
-from compress.model import CHECKPOINT_NAME
+from compress.model import CHECKPOINT_NAME, load_compressor
 from compress.result import RESULT_NAME as COMPRESSOR_RESULT_NAME
 from compress.result import CompressorResult
 from compress.stage import run_compressor
@@ -29,6 +30,7 @@ from npe.pictures import draw_curve
 from npe.result import RESULT_NAME, CurvePoint, FomResult, SweepResult, read_fom_result
 from npe.stage import run_npe
 
+Result = TypeVar("Result")
 CURVE_NAME, PICTURE_NAME = "fom_vs_lmax.json", "fom_vs_lmax.png"
 
 
@@ -54,12 +56,11 @@ def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -
     """
     try:
         compressor, folder = run.compressor(), Path(run.sweep.results_dir, COMPRESSOR_RUNS, run.tag)
-        path = folder / COMPRESSOR_RESULT_NAME
-        stage_1 = read_result(path, CompressorResult, "stage 1") if path.exists() else None
+        stage_1 = _read(_stage_1, folder / COMPRESSOR_RESULT_NAME, compressor.restart)
         if stage_1 is None or not _is_kept(stage_1, compressor, compressor):
             run_compressor(compressor, on_checkpoint)
         npe, folder = run.npe(str(folder / CHECKPOINT_NAME)), Path(run.sweep.results_dir, NPE_RUNS, run.tag)
-        done = read_fom_result(folder) if (folder / RESULT_NAME).exists() else None
+        done = _read(read_fom_result, folder / RESULT_NAME, npe.restart)
         if done and done.compressor.sha256 == sha256_of_file(Path(npe.ckpt)) and _is_kept(done, npe, compressor):
             return done
         # --restart, because the folder may hold a run of a compressor that stage 1 has replaced.
@@ -67,6 +68,22 @@ def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -
     except Exception as error:
         say(f"error: {run.tag}: {_in_words(error)}")
         return error
+
+
+def _stage_1(folder: Path) -> CompressorResult:
+    """The result of a stage-1 run whose checkpoint can be used."""
+    load_compressor(folder / CHECKPOINT_NAME, torch.device("cpu"), "float32")
+    return read_result(folder / COMPRESSOR_RESULT_NAME, CompressorResult, "stage 1")
+
+
+def _read(read: Callable[[Path], Result], path: Path, restart: bool) -> Result | None:
+    """The result of a run; None if there is none, or if it is damaged and --restart replaces it."""
+    try:
+        return read(path.parent) if path.exists() else None
+    except UserError:
+        if not restart:
+            raise
+        return None
 
 
 def _in_words(error: Exception) -> str:

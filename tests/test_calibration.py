@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import chi2, kstest
@@ -64,6 +66,13 @@ def test_a_bias_shows_in_the_z_scores() -> None:
     found = calibration_of(*posteriors(400, shift=0.5))
     assert np.abs(np.array(found.z_mean) - 0.5).max() < 0.08
     assert (np.array(found.z_mean) / found.z_mean_err > 5).all()
+
+
+def test_tiles_that_all_miss_by_the_same_have_no_scatter_and_no_nan() -> None:
+    posterior, theta, sim_id = posteriors(3)
+    missed = replace(posterior, mu=theta + 0.1 * posterior.sigma)
+    found = calibration_of(missed, theta, sim_id)
+    np.testing.assert_allclose([found.z_std, found.z_std_err], 0, atol=1e-6)
 
 
 def test_tiles_that_share_their_error_count_as_one_simulation() -> None:

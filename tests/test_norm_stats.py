@@ -13,7 +13,7 @@ from conftest import make_tiles
 from common.errors import UserError
 from data.moments import moments_of
 from data.norm_stats import NormStats, compute_norm_stats, read_norm_stats, write_norm_stats
-from data.schema import columns_of
+from data.schema import PARAM_NAMES, columns_of
 from data.tiles import Tiles
 
 PARAMS = ("Omega_m", "S8", "w")
@@ -91,5 +91,10 @@ def test_other_content_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_a_constant_parameter_is_refused() -> None:
+    tiles = make_tiles(3, 8, 16)
     with pytest.raises(UserError, match=r"constant over the training split"):
-        stats_of(make_tiles(3, 8, 16), np.arange(12))  # one simulation
+        stats_of(tiles, np.arange(12))  # one simulation
+    params = tiles.params.copy()
+    params[:, PARAM_NAMES.index("S8")] = 0.805555555  # whose standard deviation is that of rounding
+    with pytest.raises(UserError, match=r"parameter 2 of --params is constant"):
+        stats_of(replace(tiles, params=params), np.arange(36))

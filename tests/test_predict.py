@@ -194,6 +194,9 @@ def save(path: Path, content: np.ndarray) -> Path:
         (lambda k: k[:, :3], r"give floats \(4, 16, 16\) or \(n, 4, 16, 16\)"),
         (lambda k: k[..., :8], "so give floats"),
         (lambda k: k.astype(complex), "so give floats"),
+        (lambda k: k[:0], "holds no tile"),
+        (lambda k: k.astype(float) * 1e300, "are masked or not finite"),
+        (lambda k: k * 1e5, "tile 0 is so unlike what the network learnt from that it has no posterior"),
         (lambda k: np.array([None]), "neither a shard"),
     ],
 )

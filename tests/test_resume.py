@@ -30,6 +30,7 @@ from compress.stage import run_compressor
 from data.dataset import TileDataset
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
+from data.norm_stats import read_norm_stats
 from npe.config import NPEConfig
 from npe.stage import run_npe
 
@@ -327,6 +328,33 @@ def test_restart_starts_over_from_a_training_of_another_version(
     again = run_compressor(replace(config, restart=True))
     fresh = run_compressor(replace(config, tag="fresh"))
     assert again.val_mse == fresh.val_mse
+
+
+def test_what_lies_beside_an_interrupted_or_a_finished_training_is_not_trusted(
+    small_suite: Path, tmp_path: Path, stop_at: Callable[[int], None]
+) -> None:
+    """The manifest is written again on resuming; --restart on a finished run ignores a last.ckpt left by a kill."""
+    shutil.copytree(small_suite / "tiles", tmp_path / "tiles")
+    config = CompressorConfig(
+        results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=2, tag="t"
+    )
+    stop_at(3)
+    with pytest.raises(interrupt.Interrupted):
+        run_compressor(config)
+    stop_at(-1)
+    folder = tmp_path / "field_compressor_runs" / "t"
+    last = (folder / "last.ckpt").read_bytes()
+    manifest = (folder / "split_manifest.json").read_bytes()
+    (folder / "split_manifest.json").unlink()
+    (folder / "norm_stats.json").write_text("{}")
+    run_compressor(config)
+    assert (folder / "split_manifest.json").read_bytes() == manifest
+    read_norm_stats(folder)
+
+    (folder / "last.ckpt").write_bytes(last)
+    stop_at(1)  # before the batch that last.ckpt is at
+    with pytest.raises(interrupt.Interrupted, match="epoch 0, batch 1"):
+        run_compressor(replace(config, restart=True))
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -12,6 +12,7 @@ import pytest
 from conftest import SMALL_LMAX, SMALL_SUITE
 
 from common.errors import UserError
+from common.options import parse_args
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from npe.config import SweepConfig
@@ -69,6 +70,8 @@ def test_a_sweep_draws_its_curve_skips_what_is_finished_and_survives_a_failed_po
         ({"stage_2": "--lmax 200"}, None),
         ({"stage_1": "--seed 3"}, "--seed is the sweep's own"),
         ({"name": "../x"}, "--name"),
+        ({"name": ""}, "--name"),
+        ({"stage_1": "--weight-decay inf"}, "--weight-decay is inf; it must be at least 0, and finite"),
     ],
 )
 def test_senseless_sweeps_are_refused_before_anything_runs(options: dict[str, str], named: str | None) -> None:
@@ -124,3 +127,26 @@ def test_a_point_is_finished_only_for_the_same_data_and_compressor_and_without_r
     assert second["fingerprints"]["tiles"] != first["fingerprints"]["tiles"]
     assert second["compressor"]["sha256"] != first["compressor"]["sha256"]
     assert second["fom_fiducial_median"] != first["fom_fiducial_median"]
+
+    # A damaged file is named, and --restart in the quotes replaces it, also where that is all there is in them.
+    best, fom = (
+        tmp_path / f"field_{stage}_runs/sweep_lmax{SMALL_LMAX}_seed42/{name}"
+        for stage, name in (("compressor", "best.ckpt"), ("npe", "fom_result.json"))
+    )
+    best.write_bytes(best.read_bytes()[:-100])
+    code, err = sweep(f"--tiles-dir {folders['one']}")
+    assert code == 2
+    assert "best.ckpt is not a checkpoint" in err
+    assert sweep(f"--tiles-dir {folders['one']} --restart")[0] == 0
+    fom.write_text("")
+    code, err = sweep(f"--tiles-dir {folders['one']}")
+    assert code == 2
+    assert "run stage 2 again, with --restart" in err
+    assert sweep(f"--tiles-dir {folders['one']}", "--restart")[0] == 0
+    assert result()["fom_fiducial_median"] == second["fom_fiducial_median"]
+
+
+def test_quotes_may_hold_one_option_alone() -> None:
+    config = parse_args(SweepConfig, ["--stage-1", "--restart", "--lmax", "200", "--stage-2=--n-members 2"])
+    assert config.runs[0].compressor().restart
+    assert config.runs[0].npe("x").n_members == 2

@@ -81,7 +81,10 @@ def find_sources(config: IngestConfig, parameters: dict[int, np.ndarray]) -> dic
             if (other := found.setdefault(int(match[1]), path)) != path:
                 raise UserError(f"{path} and {other} are both simulation {match[1]}; remove one of them")
         if not found:
-            raise UserError(f"no sim00001, sim00002.tar.gz or the like in {pattern}; give the folder of simulations")
+            kind = "--kappa-maps" if config.kappa_maps else "--lightcones"
+            raise UserError(
+                f"{kind}: no sim00001, sim00002.tar.gz, kappa_sim3.fits or the like is {pattern}; correct it"
+            )
         for sim_id in sorted(set(wanted) - set(found)):
             warn(f"simulation {sim_id} is not in {pattern}")
     if unknown := [sim_id for sim_id in found if sim_id not in parameters]:
