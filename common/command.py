@@ -7,6 +7,7 @@ import importlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal
@@ -16,14 +17,11 @@ from common.interrupt import listening
 from common.options import Config, ResultsOptions, flag_of, names_of, parse_args, with_signature_of
 from common.versions import COMMIT, COMMIT_VARIABLE
 
-# `python run_x.py` has no use for Modal, and starts in half the time without it.
-STARTED_HERE = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name.startswith("run_")
-try:
-    if STARTED_HERE:
-        raise ModuleNotFoundError
-    import modal
-except ModuleNotFoundError:
-    modal = None  # type: ignore[assignment]
+modal: Any = None
+# `python run_x.py` has no use for it, and starts in half the time without.
+if not Path(getattr(sys.modules["__main__"], "__file__", None) or "").name.startswith("run_"):
+    with suppress(ModuleNotFoundError):
+        import modal
 
 RESULTS = "/results"  # where the Volume is mounted
 VOLUME_NAME = "kappa-fom-results"

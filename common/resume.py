@@ -148,7 +148,7 @@ class LastCheckpoint:
                     raise UserError(f"{self.path} does not fit this version's training; {CURE}") from None
                 self._load_state(fresh)
                 self.best.unlink(missing_ok=True)
-        write_metrics(self.metrics, self.position.metrics)
+        write_metrics(self.metrics_path, self.position.metrics)
         return self.position
 
     def _put_back(self, content: dict[str, Any]) -> None:
@@ -183,7 +183,7 @@ class LastCheckpoint:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
     @property
-    def metrics(self) -> Path:
+    def metrics_path(self) -> Path:
         """metrics.jsonl, a line for every finished epoch."""
         return self.path.with_name(METRICS_NAME)
 
@@ -193,7 +193,7 @@ class LastCheckpoint:
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
         """An epoch is done: write its line, and save if that is due."""
-        append_metrics(self.metrics, metrics)
+        append_metrics(self.metrics_path, metrics)
         at = self.position
         at.metrics.append(metrics)
         at.epoch, at.batch, at.losses = at.epoch + 1, 0, []
@@ -237,4 +237,4 @@ class LastCheckpoint:
                 at = self.position
                 raise Interrupted(stop.signum, f"{self.path} has epoch {at.epoch}, batch {at.batch}") from None
             self.save_if_due()
-            write_metrics(self.metrics, self.position.metrics)
+            write_metrics(self.metrics_path, self.position.metrics)

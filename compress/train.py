@@ -19,7 +19,7 @@ from compress.config import CompressorConfig
 from compress.evaluate import mean_squared_error, renew_batch_norm
 from compress.model import FieldLevelCompressor, save_compressor
 from compress.schedule import ema_decay_at, lr_at
-from data.dataset import batches, n_batches, names_of_batch
+from data.dataset import batches, first_bad_batch, n_batches
 from data.module import SplitTiles
 
 
@@ -107,13 +107,11 @@ def _finite_mean(at: Position, data: SplitTiles, config: CompressorConfig, best:
     Raises:
         UserError: a loss was NaN or infinite; names the tiles of the first such batch.
     """
-    losses = torch.stack(at.losses)
-    if not (finite := losses.isfinite()).all():
-        batch, shuffle = int((~finite).int().argmax()), _shuffle(config, at.epoch)
-        names = names_of_batch(data.compressor_train_ds, config.batch_size, shuffle, batch)
+    if bad := first_bad_batch(at.losses, data.compressor_train_ds, config.batch_size, _shuffle(config, at.epoch)):
+        batch, names = bad
         raise UserError(
-            f"the loss became {float(losses[batch])} in epoch {at.epoch}, batch {batch}; the best weights so far, if "
-            f"any, are in {best}; try --restart with a lower --learning-rate or longer --warmup-steps, and look at "
+            f"the loss became {float(at.losses[batch])} in epoch {at.epoch}, batch {batch}; the best weights so far, "
+            f"if any, are in {best}; try --restart with a lower --learning-rate or longer --warmup-steps, and look at "
             f"the batch's tiles (sim/orientation/tile): {names}"
         )
-    return float(losses.mean())
+    return float(torch.stack(at.losses).mean())

@@ -165,7 +165,8 @@ def whole_dataset(
         say(f"{called}: {_gb(size)} as {name_of_dtype(dtype)}, {chosen} ({why})")
     if reserve > free:
         warn(f"a step may need {_gb(reserve)} where {_gb(free)} are free on {device}; give a smaller --batch-size")
-    source = (_on_device if held else TileStream)(tiles.kappa, norm_stats, device, dtype)
+    of_tiles = (tiles.kappa, norm_stats, device, dtype)
+    source = _on_device(*of_tiles) if held else TileStream(*of_tiles)
     normalised = torch.from_numpy(norm_stats.normalise_theta(theta).astype(np.float32))  # (n, d)
     return TileDataset(source, normalised, np.arange(len(theta)), device)
 
@@ -215,7 +216,17 @@ def batches(
         yield batch
 
 
-def names_of_batch(dataset: TileDataset, batch_size: int, shuffle: torch.Generator, batch: int) -> str:
-    """The tiles of one batch of an epoch, given its shuffle: sim_id/orientation_id/tile_id, or the rows if unknown."""
+def first_bad_batch(
+    losses: list[torch.Tensor], dataset: TileDataset, batch_size: int, shuffle: torch.Generator
+) -> tuple[int, str] | None:
+    """The first batch of an epoch whose loss, one number or several, is not finite, and its tiles; None if all are.
+
+    Tiles are named sim_id/orientation_id/tile_id, or by their rows if they have no keys.
+    """
+    finite = torch.stack([loss.isfinite().all() for loss in losses])  # (n_batches,)
+    if finite.all():
+        return None
+    batch = int((~finite).int().argmax())
     rows = dataset.rows[batch_positions(len(dataset), batch_size, shuffle)[batch]].tolist()
-    return " ".join(str(row) if dataset.keys is None else "/".join(map(str, dataset.keys[row])) for row in rows)
+    names = (str(row) if dataset.keys is None else "/".join(map(str, dataset.keys[row])) for row in rows)
+    return batch, " ".join(names)

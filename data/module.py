@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +39,6 @@ class SplitTiles:
     norm_stats: NormStats
     audit: Audit
     fingerprints: dict[str, str | None]
-    lmax: int
-    nside: int
     compressor_train_ds: TileDataset
     npe_train_ds: TileDataset
     test_ds: TileDataset
@@ -105,9 +102,21 @@ class TileDataModule:
             noiseless = read_noiseless(self.noiseless_dir, tiles)
             fingerprints["noiseless_tiles"] = fingerprint_of(noiseless)
             signal = whole_dataset(noiseless, *place, "noiseless tiles").source
-        of_split: dict[str, Any] = {
-            f"{name}_ds": TileDataset(everything.source, everything.theta, rows, self.device, signal, tiles.keys)
+        splits = {
+            name: TileDataset(everything.source, everything.theta, rows, self.device, signal, tiles.keys)
             for name, rows in data.rows.items()
         }
-        made = (data.manifest, norm_stats, data.audit, fingerprints, tiles.lmax, tiles.nside)
-        return SplitTiles(self.tiles_dir, tiles, self.params, theta, *made, **of_split)
+        return SplitTiles(
+            tiles_dir=self.tiles_dir,
+            tiles=tiles,
+            params=self.params,
+            theta=theta,
+            manifest=data.manifest,
+            norm_stats=norm_stats,
+            audit=data.audit,
+            fingerprints=fingerprints,
+            compressor_train_ds=splits["compressor_train"],
+            npe_train_ds=splits["npe_train"],
+            test_ds=splits["test"],
+            fiducial_ds=splits["fiducial"],
+        )

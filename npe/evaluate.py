@@ -57,7 +57,7 @@ def evaluate_npe(run: NPERun, members: list[Member]) -> tuple[FomResult, np.ndar
     shift_generator = seeded_generator(config.seed, "npe augmentation shift")
     theta_std = np.array(data.norm_stats.theta_std)
     result = FomResult(
-        lmax=data.lmax,
+        lmax=data.tiles.lmax,
         noise_level=compressor.config.noise_level,
         fom_fiducial_median=median,
         fom_fiducial_std=scatter(fiducial.fom),
@@ -141,5 +141,7 @@ def _reference(run: NPERun) -> Reference:
     """What an ordinary tile looks like, for run_predict.py."""
     data, dataset = run.data, run.data.npe_train_ds
     rows = dataset.rows.numpy()
-    summary, spectra = look_at(CompressedTileDataset(dataset, run.compressor.model), data.lmax, run.config.batch_size)
+    summary, spectra = look_at(
+        CompressedTileDataset(dataset, run.compressor.model), data.tiles.lmax, run.config.batch_size
+    )
     return Reference(summary, spectra, data.theta[rows], data.tiles.keys[rows, 0])

@@ -114,8 +114,8 @@ def read_calibration_tiles(config: NPEConfig, data: SplitTiles) -> Tiles | None:
     """The tiles of --calibration-tiles; UserError for bad shards, or simulations that this run was trained on."""
     if not config.calibration_tiles:
         return None
-    folder = named_folder(config.calibration_tiles, data.lmax, data.tiles.noise_level)
-    tiles, _ = read_tiles_through_cache(folder, data.lmax, data.tiles.noise_level, data.nside)
+    folder = named_folder(config.calibration_tiles, data.tiles.lmax, data.tiles.noise_level)
+    tiles, _ = read_tiles_through_cache(folder, data.tiles.lmax, data.tiles.noise_level, data.tiles.nside)
     if not set(map(tuple, data.tiles.params.tolist())).isdisjoint(map(tuple, tiles.params.tolist())):
         raise UserError(
             f"--calibration-tiles {config.calibration_tiles} shares cosmologies with the training tiles; "

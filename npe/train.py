@@ -8,7 +8,7 @@ from common.device import seeded_generator
 from common.errors import UserError
 from common.progress import Progress
 from common.resume import LastCheckpoint, Part, Position
-from data.dataset import batches, names_of_batch
+from data.dataset import batches, first_bad_batch
 from npe.compressed import CompressedTileDataModule, compress_all
 from npe.config import NPEConfig
 from npe.ensemble import Member, make_members
@@ -64,11 +64,8 @@ def _refuse_not_finite(
     """Raise UserError if a loss of the epoch is not finite; names the tiles of the first such batch."""
     if nll.isfinite().all():
         return
-    bad = ~torch.stack(at.losses).isfinite().all(dim=1)  # (n_batches,)
     where, look = "on the test split", ""
-    if bad.any():
-        batch = int(bad.int().argmax())
-        names = names_of_batch(compressed.train_ds.tiles, config.batch_size, _shuffle(config, at.epoch), batch)
-        where, look = f"batch {batch}", f", and look at these tiles (sim/orientation/tile): {names}"
+    if bad := first_bad_batch(at.losses, compressed.train_ds.tiles, config.batch_size, _shuffle(config, at.epoch)):
+        where, look = f"batch {bad[0]}", f", and look at these tiles (sim/orientation/tile): {bad[1]}"
     cure = f"try --restart with a lower --learning-rate{look}"
     raise UserError(f"the NPE loss is not finite in epoch {at.epoch}, {where}; {cure}")
