@@ -11,8 +11,9 @@ from compress.result import CompressorResult
 
 def report(result: CompressorResult) -> None:
     """What the user waited for."""
+    nll = "" if result.val_nll is None else f"NLL {result.val_nll:.4f} nats (training {result.train_nll:.4f}), "
     print(
-        f"best epoch {result.best_epoch} of {result.epochs}: validation MSE {result.val_mse:.4f} "
+        f"best epoch {result.best_epoch} of {result.epochs}: validation {nll}MSE {result.val_mse:.4f} "
         f"(training {result.train_mse:.4f}, test {result.test_mse:.4f}), {result.elapsed_s:.0f} s\n"
         f"pictures  {result.folder}/loss_curves.png\n"
         f"          {result.folder}/predicted_vs_true.png\n"

@@ -9,7 +9,11 @@ from common.options import ResumableOptions, option, tag_suffix
 from data.config import SplitOptions, TilesDirOptions, TilesOn
 from data.schema import FOM_PARAMS, PARAM_NAMES
 
-Backbone = Literal["efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "tiny", "power"]
+Loss = Literal["mse", "nll"]
+Backbone = Literal[
+    "efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "tiny", "power", "spectra",
+    "efficientnet_v2_s+power", "efficientnet_b0+power", "efficientnet_b2+power", "tiny+power",
+]  # fmt: skip
 
 # Named sets of options for --recipe; the defaults below are the mission's recipe. docs/recipes.md has the evidence.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -40,7 +44,10 @@ class CompressorConfig(SplitOptions, TrainingOptions):
 
     recipe: str = option("", "named set of options, which single options override", may_change=True, recipes=RECIPES)
     params: str = option(",".join(FOM_PARAMS), "parameters to infer, columns of the shards", in_tag=True)
-    backbone: Backbone = option("efficientnet_v2_s", "network; tiny for laptops, power sees power spectra alone")
+    loss: Loss = option("mse", "mean squared error, or a Gaussian's negative log-likelihood; best weights by it too")
+    backbone: Backbone = option(
+        "efficientnet_v2_s", "network; tiny for laptops, power has learned power spectra alone, spectra has fixed bands"
+    )
     max_epochs: int = option(500, "train at most so many epochs", above=0)
     batch_size: int = option(128, "tiles per step", at_least=2)
     patience: int = option(50, "stop after so many epochs without a lower validation loss", above=0)
@@ -57,7 +64,7 @@ class CompressorConfig(SplitOptions, TrainingOptions):
     )
     theta_noise: float = option(0.005, "Gaussian noise on the normalised theta while training", at_least=0)
     tag: str = option(
-        "", "name of the run (default: from lmax, noise level, backbone)", may_change=True, plain_name=True
+        "", "name of the run (default: from loss, lmax, noise level, backbone)", may_change=True, plain_name=True
     )
 
     def __post_init__(self) -> None:
@@ -78,4 +85,4 @@ class CompressorConfig(SplitOptions, TrainingOptions):
     @property
     def run_tag(self) -> str:
         """Name of the run's folder."""
-        return self.tag or f"field_mse_lmax{self.lmax}_{self.noise_level}_{self.backbone}{tag_suffix(self)}"
+        return self.tag or f"field_{self.loss}_lmax{self.lmax}_{self.noise_level}_{self.backbone}{tag_suffix(self)}"

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 
 import torch
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.device import describe_device, name_of_dtype, seeded_generator
@@ -28,16 +27,14 @@ def predict(model: FieldLevelCompressor, dataset: TileDataset, batch_size: int) 
 
 
 @torch.no_grad()
-def mean_squared_error(model: FieldLevelCompressor, dataset: TileDataset, batch_size: int) -> float:
-    """Mean squared error over tiles and parameters, normalised units, in evaluation mode; UserError if not finite."""
+def validation_loss(model: FieldLevelCompressor, dataset: TileDataset, batch_size: int) -> float:
+    """The model's loss over all tiles, normalised units, in evaluation mode; UserError if it is not finite."""
     model.eval()
-    total = sum(
-        functional.mse_loss(model(kappa), theta, reduction="sum") for kappa, theta in batches(dataset, batch_size)
-    )
-    mse = float(total) / (len(dataset) * dataset.theta.shape[1])
-    if not math.isfinite(mse):
+    total = sum(model.loss(model(kappa), theta, reduction="sum") for kappa, theta in batches(dataset, batch_size))
+    loss = float(total) / (len(dataset) * model.loss.terms_per_tile)
+    if not math.isfinite(loss):
         raise UserError("the validation loss is not finite; try a lower --learning-rate or longer --warmup-steps")
-    return mse
+    return loss
 
 
 @torch.no_grad()
@@ -80,11 +77,18 @@ def evaluate_compressor(
         f"{name}_mse": float((predicted[name] - dataset.theta[dataset.rows]).square().mean())
         for name, dataset in splits.items()
     }
+    nll: dict[str, float | None] = dict.fromkeys(splits)
+    if config.loss == "nll":
+        model.loss.cpu().requires_grad_(False)
+        nll = {name: float(model.loss(predicted[name], ds.theta[ds.rows])) for name, ds in splits.items()}
     result = CompressorResult(
         lmax=config.lmax,
         noise_level=config.noise_level,
         backbone=config.backbone,
         **mse,
+        train_nll=nll["train"],
+        val_nll=nll["val"],
+        test_nll=nll["test"],
         epochs=last.position.epoch,
         best_epoch=stopper.best_epoch,
         stopped="early stopping" if stopper.should_stop() else "max_epochs",

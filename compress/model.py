@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torchvision
@@ -13,8 +14,10 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.device import DTYPES, autocast
 from common.errors import UserError
 from common.machine import Precision, computes_in_bf16
-from compress.config import Backbone, CompressorConfig
+from compress.config import Backbone, CompressorConfig, Loss
+from compress.loss import LOSSES
 from compress.power import HIDDEN, PowerFilters
+from compress.spectra import BandPowers
 
 CHECKPOINT_NAME = "best.ckpt"
 KIND = "compressor"
@@ -52,6 +55,11 @@ def _backbone(name: Backbone, n_bins: int) -> tuple[nn.Module, nn.Module, int]:
     """The layers that make features of a tile, their pooling, and the number of features."""
     if name == "power":
         return PowerFilters(n_bins), nn.Identity(), HIDDEN
+    if name == "spectra":
+        return BandPowers(n_bins), nn.Identity(), HIDDEN
+    if name.endswith("+power"):
+        deep, pool, n_deep = _backbone(cast(Backbone, name.removesuffix("+power")), n_bins)
+        return SideBySide(nn.Sequential(deep, pool), PowerFilters(n_bins)), nn.Identity(), n_deep + HIDDEN
     network = _tiny() if name == "tiny" else getattr(torchvision.models, name)(weights=None)
     network.features[0][0] = _conv_for_bins(network.features[0][0], n_bins)
     return network.features, network.avgpool, network.classifier[-1].in_features
@@ -65,17 +73,31 @@ def _conv_for_bins(stem: nn.Conv2d, n_bins: int) -> nn.Conv2d:
     return conv
 
 
+class SideBySide(nn.Module):
+    """The features of two networks, one after the other: tile (B, n_bins, N, N) -> (B, C_1 + C_2)."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, kappa: torch.Tensor) -> torch.Tensor:
+        return torch.cat([network(kappa).flatten(1).float() for network in self.networks], dim=1)
+
+
 class FieldLevelCompressor(nn.Module):
     """Tile (B, n_bins, N, N) -> summary (B, n_params), an estimate of normalised theta.
 
     The backbone runs in `dtype` (bf16 by autocast, or float32); the head always in float32, since
-    its output is the result.
+    its output is the result. `loss` compares summaries with the truth, and may have weights of its own.
     """
 
-    def __init__(self, backbone: Backbone, n_bins: int, n_params: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, backbone: Backbone, n_bins: int, n_params: int, dtype: torch.dtype = torch.float32, loss: Loss = "mse"
+    ) -> None:
         super().__init__()
         self.features, self.pool, n_features = _backbone(backbone, n_bins)
         self.head = nn.Linear(n_features, n_params)
+        self.loss = LOSSES[loss](n_params)
         self.n_bins, self.dtype = n_bins, dtype
         self.to(memory_format=torch.channels_last)
 
@@ -94,7 +116,7 @@ class TrainedCompressor:
     manifest_sha256: str  # of the split and the normalisation that it was trained with
     norm_stats_sha256: str
     epoch: int
-    val_mse: float
+    val_loss: float
     sha256: str  # of the file; results name the compressor by it
 
 
@@ -104,21 +126,21 @@ def save_compressor(
     config: CompressorConfig,
     hashes: dict[str, str],
     epoch: int,
-    val_mse: float,
+    val_loss: float,
 ) -> None:
     """Write best.ckpt; hashes are manifest_sha256 and norm_stats_sha256."""
     content = {"model": model.state_dict(), "n_bins": model.n_bins, "config": asdict(config)}
-    save_checkpoint(path, KIND, content | hashes | {"epoch": epoch, "val_mse": val_mse})
+    save_checkpoint(path, KIND, content | hashes | {"epoch": epoch, "val_loss": val_loss})
 
 
 def load_compressor(path: Path, device: torch.device, precision: Precision) -> TrainedCompressor:
     """Read best.ckpt; UserError if it is no compressor checkpoint, or its weights do not fit its options."""
-    plain = ("manifest_sha256", "norm_stats_sha256", "epoch", "val_mse")
+    plain = ("manifest_sha256", "norm_stats_sha256", "epoch", "val_loss")
     content = load_checkpoint(path, KIND, ("model", "n_bins", "config", *plain), CURE)
     try:
         config = CompressorConfig(**content["config"])
         dtype = pick_precision(precision, device, config.backbone)
-        model = FieldLevelCompressor(config.backbone, content["n_bins"], len(config.theta_names), dtype)
+        model = FieldLevelCompressor(config.backbone, content["n_bins"], len(config.theta_names), dtype, config.loss)
         model.load_state_dict(content["model"])
     except (TypeError, RuntimeError, AttributeError):
         raise UserError(f"{path}: its weights and options do not fit together; run stage 1 again") from None

@@ -22,6 +22,13 @@ class SymmetricConv2d(nn.Conv2d):
         return functional.conv2d(kappa, kernel)
 
 
+def features_of_powers(n_powers: int) -> nn.Sequential:
+    """A small network from logarithms of powers (B, n_powers) to features (B, HIDDEN)."""
+    return nn.Sequential(
+        nn.BatchNorm1d(n_powers), nn.Linear(n_powers, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU()
+    )
+
+
 class PowerFilters(nn.Module):
     """Tile (B, n_bins, N, N) -> features (B, HIDDEN).
 
@@ -37,14 +44,7 @@ class PowerFilters(nn.Module):
         self.filters = nn.ModuleList(
             SymmetricConv2d(n_bins, FILTERS_PER_SCALE, FILTER_WIDTH, bias=False) for _ in range(N_SCALES)
         )
-        n_powers = N_SCALES * FILTERS_PER_SCALE
-        self.mlp = nn.Sequential(
-            nn.BatchNorm1d(n_powers),
-            nn.Linear(n_powers, HIDDEN),
-            nn.SiLU(),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.SiLU(),
-        )
+        self.mlp = features_of_powers(N_SCALES * FILTERS_PER_SCALE)
 
     def forward(self, kappa: torch.Tensor) -> torch.Tensor:
         if (side := kappa.shape[-1]) < SMALLEST_SIDE:

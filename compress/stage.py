@@ -52,10 +52,12 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
         write_norm_stats(folder, data.norm_stats)
 
         torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
-        model = FieldLevelCompressor(config.backbone, data.tiles.n_bins, len(data.params), dtype).to(device)
+        model = FieldLevelCompressor(config.backbone, data.tiles.n_bins, len(data.params), dtype, config.loss).to(
+            device
+        )
         stopper = train(model, data, config, last)
         evaluation = evaluate_compressor(config, data, stopper, last)
-        _write(evaluation, data, folder)
+        _write(evaluation, config, data, folder)
         last.path.unlink(missing_ok=True)
         on_checkpoint()
     return evaluation.result
@@ -90,11 +92,14 @@ def read_tiles(
     return data
 
 
-def _write(evaluation: CompressorEvaluation, data: SplitTiles, folder: Path) -> None:
+def _write(evaluation: CompressorEvaluation, config: CompressorConfig, data: SplitTiles, folder: Path) -> None:
     """Pictures, then result.json: where it stands, the run is finished."""
     result, predicted = evaluation.result, evaluation.predicted
-    curves = {"train_loss": "training (augmented, with theta noise)", "val_mse": "validation"}
-    draw_loss_curves(folder, "Compressor: mean squared error of normalised theta", curves, result.best_epoch, log=True)
+    loss = config.loss
+    curves = {"train_loss": "training (augmented, with theta noise)", f"val_{loss}": "validation"}
+    title = {"mse": "mean squared error", "nll": "negative log-likelihood"}[loss]
+    title = f"Compressor: {title} of normalised theta"
+    draw_loss_curves(folder, title, curves, result.best_epoch, log=loss == "mse")
     splits = {
         "training": (data.compressor_train_ds, predicted["train"]),
         "validation": (data.npe_train_ds, predicted["val"]),

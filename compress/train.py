@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common.device import seeded_generator
@@ -16,7 +15,7 @@ from common.errors import UserError
 from common.progress import Progress
 from common.resume import LastCheckpoint, Part, Position
 from compress.config import CompressorConfig
-from compress.evaluate import mean_squared_error, renew_batch_norm
+from compress.evaluate import renew_batch_norm, validation_loss
 from compress.model import FieldLevelCompressor, save_compressor
 from compress.schedule import ema_decay_at, lr_at
 from data.dataset import batches, first_bad_batch, n_batches
@@ -49,7 +48,7 @@ def train(
             model.train()
             for kappa, theta in batches(train_ds, config.batch_size, _shuffle(config, at.epoch), first=at.batch):
                 optimizer.param_groups[0]["lr"] = learning_rate(step)
-                loss = functional.mse_loss(model(kappa), theta)
+                loss = model.loss(model(kappa), theta)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -63,13 +62,16 @@ def train(
             train_loss = _finite_mean(at, data, config, last.best)
             if config.norm_tiles:
                 renew_batch_norm(evaluated, data.compressor_train_ds, config)
-            val_mse = mean_squared_error(evaluated, data.npe_train_ds, config.batch_size)
-            if stopper.update(val_mse, at.epoch):
-                save_compressor(last.best, evaluated, config, data.hashes, at.epoch, val_mse)
+            val_loss = validation_loss(evaluated, data.npe_train_ds, config.batch_size)
+            if stopper.update(val_loss, at.epoch):
+                save_compressor(last.best, evaluated, config, data.hashes, at.epoch, val_loss)
             lr, seconds = optimizer.param_groups[0]["lr"], round(time.monotonic() - epoch_start, 3)
-            metrics = {"epoch": at.epoch, "train_loss": train_loss, "val_mse": val_mse, "lr": lr, "seconds": seconds}
+            metrics = {"epoch": at.epoch, "train_loss": train_loss, f"val_{config.loss}": val_loss}
+            metrics |= {"lr": lr, "seconds": seconds}
             last.end_epoch(metrics)
-            progress.advance(0, f"epoch {metrics['epoch']}, val_mse {val_mse:.4f}, best {stopper.best_loss:.4f}")
+            progress.advance(
+                0, f"epoch {metrics['epoch']}, val_{config.loss} {val_loss:.4f}, best {stopper.best_loss:.4f}"
+            )
     return stopper
 
 

@@ -1,7 +1,7 @@
 """GaussianNPE: a Gaussian posterior for theta whose mean and full covariance depend on the summary."""
 
-import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import nn
 
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.errors import UserError
+from compress.gaussian import CholeskyFactor, gaussian_nll
 from data.norm_stats import NormStats
 from data.schema import FOM_PARAMS
 from npe.config import NPEConfig
@@ -23,44 +24,27 @@ CURE = "run stage 2 again, with --restart"
 class GaussianNPE(nn.Module):
     """Summary s -> q(theta | s) = N(mu(s), Cov(s)), everything in normalised theta.
 
-    The network gives mu and the lower Cholesky factor L of the precision, Cov^-1 = L L^T, as the logarithm of L's
-    diagonal and the rest of L. Then for d parameters
-
-        -ln q = |L^T (theta - mu)|^2 / 2 - sum_i ln L_ii + (d / 2) ln(2 pi)
-        1 / sqrt(det Cov) = prod_i L_ii
-
-    so neither the loss nor the volume of the posterior needs an inverse. The summary has d numbers, as theta has.
+    The network gives mu and the numbers of CholeskyFactor, the factor L of the precision. As 1 / sqrt(det Cov) is the
+    product of L's diagonal, neither the loss nor the volume of the posterior needs an inverse. The summary has d
+    numbers, as theta has. Without hidden layers all of these are affine in the summary.
     """
 
-    _below: torch.Tensor
-
-    def __init__(self, n_params: int) -> None:
+    def __init__(self, n_params: int, hidden_layers: int = 2) -> None:
         super().__init__()
-        self.n_params = n_params
-        n_offdiagonal = n_params * (n_params - 1) // 2
-        self.mlp = nn.Sequential(
-            nn.Linear(n_params, HIDDEN),
-            nn.SiLU(),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.SiLU(),
-            nn.Linear(HIDDEN, 2 * n_params + n_offdiagonal),
-        )
-        self.register_buffer("_below", torch.tril_indices(n_params, n_params, -1), persistent=False)
+        self.n_params, self.factor = n_params, CholeskyFactor(n_params)
+        sizes = [n_params, *[HIDDEN] * hidden_layers]
+        hidden = (layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.SiLU()))
+        self.mlp = nn.Sequential(*hidden, nn.Linear(sizes[-1], n_params + self.factor.n_numbers))
 
     def forward(self, summary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Summaries (B, d) -> mu (B, d) and the precision's Cholesky factor L (B, d, d)."""
-        sizes = [self.n_params, self.n_params, self._below.shape[1]]
-        mu, log_diagonal, offdiagonal = self.mlp(summary).split(sizes, dim=-1)
-        factor = torch.diag_embed(log_diagonal.exp())  # (B, d, d)
-        factor[:, self._below[0], self._below[1]] = offdiagonal
-        return mu, factor
+        mu, numbers = self.mlp(summary).split([self.n_params, self.factor.n_numbers], dim=-1)
+        return mu, self.factor(numbers)
 
     def nll(self, summary: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         """-ln q(theta | summary) per tile, (B,), in nats for normalised theta."""
         mu, factor = self(summary)
-        residual = (factor.mT @ (theta - mu)[:, :, None]).squeeze(-1)  # (B, d, d) @ (B, d, 1) -> (B, d)
-        log_det_factor = factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)  # (B,)
-        return 0.5 * residual.square().sum(dim=-1) - log_det_factor + 0.5 * self.n_params * math.log(2 * math.pi)
+        return gaussian_nll(mu, factor, theta)
 
 
 @dataclass(frozen=True)
@@ -125,10 +109,11 @@ def load_npe(path: Path, n_params: int, device: torch.device) -> list[GaussianNP
         UserError: not an NPE checkpoint.
     """
     content = load_checkpoint(path, KIND, ("members", "config"), CURE)
-    members = [GaussianNPE(n_params).to(device).eval() for _ in content["members"]]
     try:
+        layers = content["config"]["hidden_layers"]
+        members = [GaussianNPE(n_params, layers).to(device).eval() for _ in content["members"]]
         for npe, weights in zip(members, content["members"], strict=True):
             npe.load_state_dict(weights)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, KeyError):
         raise UserError(f"{path} does not fit this version's network; {CURE}") from None
     return members

@@ -1,9 +1,8 @@
 """Out-of-distribution check: does a tile look like those that a posterior was learnt from?"""
 
-import math
 from dataclasses import dataclass, fields
 from functools import reduce
-from itertools import combinations, product
+from itertools import product
 from operator import mul
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from scipy.spatial import cKDTree
 from common.artifacts import atomic_path, sha256_of_file
 from common.errors import UserError
 from common.progress import Progress
+from data.spectra import spectra_of
 from npe.compressed import CompressedTileDataset
 
 REFERENCE_NAME = "reference.npz"
 N_BANDS = 5  # of equal width up to lmax, and one beyond it, where a tile should have next to nothing
-TILE_SIDE = math.sqrt(math.pi / 3)  # [rad]: a base face has pi / 3 sr
-SOFTENING = 1e-9  # of a normalised tile's variance, far below rounding: keeps the logarithm of zero power finite
 DEGREE = 3  # of the polynomial that predicts a tile's spectra from its summary
 N_FOLDS = 10
 N_NEIGHBOURS = 10
@@ -45,39 +43,6 @@ def columns_of_tests(n_bins: int) -> dict[str, slice]:
     return tests | {"together": slice(None)}
 
 
-def spectra_of(kappa: torch.Tensor, lmax: int) -> torch.Tensor:
-    """Binned spectra of normalised tiles (B, n_bins, N, N): (B, n_features), float32, as columns_of_tests has them.
-
-    For each bin the logarithm of the power in N_BANDS bands up to lmax and in one beyond; for each pair of bins their
-    correlation coefficient in the first N_BANDS, as artanh. The tile is treated as flat and tapered by a Hann window,
-    so these are no C_ell, but all tiles are treated alike.
-    """
-    nside = kappa.shape[-1]
-    hann = torch.hann_window(nside, device=kappa.device)
-    modes = torch.fft.rfft2(kappa.float() * hann[:, None] * hann).flatten(2)  # (B, n_bins, n_modes)
-    of_band = _weights_of_bands(nside, lmax, kappa.device)  # (n_modes, N_BANDS + 1)
-    power = (modes.abs().square() / hann.square().sum() ** 2) @ of_band + SOFTENING  # (B, n_bins, N_BANDS + 1)
-    features = [power.log().flatten(1)]
-    for i, j in combinations(range(kappa.shape[1]), 2):
-        cross = (modes[:, i] * modes[:, j].conj()).real / hann.square().sum() ** 2 @ of_band  # (B, N_BANDS + 1)
-        features.append((cross / (power[:, i] * power[:, j]).sqrt())[:, :N_BANDS].clamp(-0.999, 0.999).atanh())
-    return torch.cat(features, dim=1)
-
-
-def _weights_of_bands(nside: int, lmax: int, device: torch.device) -> torch.Tensor:
-    """Weights (n_modes, N_BANDS + 1) that average over the modes of each band, modes in the layout of rfft2."""
-    ell_x = 2 * math.pi / TILE_SIDE * torch.arange(nside // 2 + 1, device=device)
-    ell_y = 2 * math.pi / TILE_SIDE * nside * torch.fft.fftfreq(nside, device=device)
-    ell = torch.hypot(ell_y[:, None], ell_x)  # (N, N / 2 + 1)
-    edges = torch.linspace(0, lmax, N_BANDS + 1, device=device)
-    band = (torch.bucketize(ell, edges[1:]) + (ell == 0) * (N_BANDS + 1)).flatten()  # the mean is in none
-    of_band = torch.nn.functional.one_hot(band, N_BANDS + 2)[:, : N_BANDS + 1].float()  # (n_modes, N_BANDS + 1)
-    both_signs = torch.full((nside // 2 + 1,), 2.0, device=device)  # a real field has each mode with -ell as well;
-    both_signs[0] = both_signs[-1] = 1  # in these columns that one is present itself
-    of_band = of_band * both_signs.expand(nside, -1).reshape(-1, 1)
-    return of_band / of_band.sum(dim=0).clamp(min=1)
-
-
 def look_at(dataset: CompressedTileDataset, lmax: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Summaries (n, d) and spectra (n, n_features) of tiles that are not augmented."""
     summaries, spectra = [], []
@@ -85,7 +50,7 @@ def look_at(dataset: CompressedTileDataset, lmax: int, batch_size: int) -> tuple
         for positions in torch.arange(len(dataset)).split(batch_size):
             kappa, _ = dataset.tiles.__getitems__(positions)  # (B, n_bins, N, N)
             summaries.append(dataset.compress(kappa).float().cpu())
-            spectra.append(spectra_of(kappa, lmax).cpu())
+            spectra.append(spectra_of(kappa, lmax, N_BANDS).cpu())
             progress.advance(len(positions))
     return torch.cat(summaries).double().numpy(), torch.cat(spectra).double().numpy()
 

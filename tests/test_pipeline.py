@@ -7,16 +7,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SMALL_LMAX, make_tiles, write_tiles
+from torch import nn
 
 from compress.config import Backbone, CompressorConfig
 from compress.evaluate import predict, renew_batch_norm
 from compress.model import FieldLevelCompressor, load_compressor
+from compress.power import HIDDEN
 from data.dataset import whole_dataset
 from data.module import TileDataModule
 from data.norm_stats import NormStats, read_norm_stats
@@ -266,7 +269,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_suite: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("n_bins", "n_params"), [(4, 2), (1, 2), (6, 3)])
-@pytest.mark.parametrize("backbone", ["tiny", "power", "efficientnet_b0", "efficientnet_b2", "efficientnet_v2_s"])
+@pytest.mark.parametrize("backbone", get_args(Backbone))
 def test_backbones_take_any_bins_and_every_parameter_gets_a_gradient(
     backbone: Backbone, n_bins: int, n_params: int
 ) -> None:
@@ -281,6 +284,27 @@ def test_backbones_take_any_bins_and_every_parameter_gets_a_gradient(
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_networks_side_by_side_are_each_of_them_where_the_other_is_switched_off() -> None:
+    torch.manual_seed(0)
+    both, kappa = FieldLevelCompressor("tiny+power", 4, 2).eval(), torch.randn(3, 4, 64, 64)
+    for k, name in enumerate(("tiny", "power")):
+        alone = FieldLevelCompressor(name, 4, 2).eval()
+        features = nn.Sequential(alone.features, alone.pool)
+        features.load_state_dict(
+            dict(zip(features.state_dict(), both.features.networks[k].state_dict().values(), strict=True))
+        )
+        n_deep = both.head.in_features - HIDDEN
+        mine = slice(0, n_deep) if name == "tiny" else slice(n_deep, None)
+        with torch.no_grad():
+            alone.head.weight.copy_(both.head.weight[:, mine])
+            alone.head.bias.copy_(both.head.bias)
+            kept = both.head.weight.clone()
+            both.head.weight.zero_()
+            both.head.weight[:, mine] = kept[:, mine]
+            torch.testing.assert_close(both(kappa), alone(kappa), rtol=1e-5, atol=1e-6)
+            both.head.weight.copy_(kept)
 
 
 @pytest.mark.parametrize(("n_bins", "params"), [(1, "Omega_m,S8"), (6, "w,S8,Omega_m")])
@@ -353,7 +377,7 @@ def test_averaged_weights_are_the_stated_recursion_and_leave_the_training_alone(
         evaluated.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return 1 / len(evaluated)  # ever better
 
-    monkeypatch.setattr("compress.train.mean_squared_error", remember)
+    monkeypatch.setattr("compress.train.validation_loss", remember)
     for decay in (0, 0.2):  # one step an epoch
         options = ["--max-epochs", 4, "--batch-size", 10_000, "--ema-decay", decay, "--tag", f"decay_{decay}"]
         code, _, err = run_command("run_compressor.py", "--results-dir", tmp_path, *STAGE_1, *options)

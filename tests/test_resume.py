@@ -25,7 +25,7 @@ from common import interrupt
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from common.resume import KIND, LastCheckpoint
-from compress.config import CompressorConfig
+from compress.config import CompressorConfig, Loss
 from compress.stage import run_compressor
 from data.dataset import TileDataset
 from data.mock.config import MockConfig
@@ -219,9 +219,15 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arm
 
 
-@pytest.mark.parametrize("place", [2, 4, 5])  # a batch of the first epoch, its validation, a batch of the second
-def test_a_network_that_draws_at_random_goes_on_as_well(
-    small_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[[int], None], place: int
+# In a batch of the first epoch, its validation, a batch of the second.
+@pytest.mark.parametrize(("place", "loss"), [(2, "mse"), (4, "nll"), (5, "nll")])
+def test_a_network_that_draws_at_random_and_a_loss_with_weights_go_on_as_well(
+    small_suite: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_at: Callable[[int], None],
+    place: int,
+    loss: Loss,
 ) -> None:
     """The larger networks drop layers at random, from torch's own generator."""
 
@@ -235,7 +241,7 @@ def test_a_network_that_draws_at_random_goes_on_as_well(
     def config(tag: str) -> CompressorConfig:
         return CompressorConfig(
             results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny",
-            max_epochs=2, batch_size=200, warmup_steps=2, norm_tiles=200, device="cpu", tag=tag,
+            max_epochs=2, batch_size=200, warmup_steps=2, norm_tiles=200, device="cpu", tag=tag, loss=loss,
         )  # fmt: skip
 
     stop_at(-1)
