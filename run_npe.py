@@ -16,34 +16,35 @@ if TYPE_CHECKING:  # it needs torch, and --help does not
 
 
 def report(result: FomResult) -> None:
-    """What the user waited for."""
-    fiducial, ensemble, calibration, folder = result.fiducial, result.ensemble, result.calibration, result.folder
-    std = result.fom_fiducial_std  # None for one tile
-    scatter = "" if std is None else f"tile-to-tile scatter {std:.0f}, "
+    """What the user waited for: the number, the three parts of its error, and what it rests on."""
+    fiducial, ensemble, calibration = result.fiducial, result.ensemble, result.calibration
+    medians = ensemble.fom_fiducial_medians
+    tiles = "" if result.fom_fiducial_std is None else f", tile-to-tile scatter {result.fom_fiducial_std:.0f}"
+    learning = "" if ensemble.fom_learning_std is None else f", learning error {ensemble.fom_learning_std:.0f}"
     caveat = " (optimistic: it stopped the training)" if calibration.optimistic else ""
     moved = " and ".join(f"{sigma:.2f}" for sigma in result.augmentation_shift_in_sigma["all"].rms)
-    medians = ensemble.fom_fiducial_medians
-    print(
+    lines = [
         f"FoM(Omega_m, S8), lmax {result.lmax}, {result.noise_level}, median of "
-        f"{len(result.fom_fiducial_all)} tiles of the fiducial simulation {fiducial.sim_id}\n"
-        f"fiducial  {result.fom_fiducial_median:.0f}  {scatter}"
-        f"median within {fiducial.fom_median_lo_16:.0f} ... {fiducial.fom_median_hi_84:.0f} (68 %, "
-        f"{fiducial.n_patches} patches of sky)\n"
+        f"{len(result.fom_fiducial_all)} tiles of the fiducial simulation {fiducial.sim_id}",
+        f"fiducial  {result.fom_fiducial_median:.0f}{tiles}{learning}",
+        f"patches   median within {fiducial.fom_median_lo_16:.0f} ... {fiducial.fom_median_hi_84:.0f} (68 %, "
+        f"{fiducial.n_patches} patches of sky)",
         f"test      {result.fom_test_median:.0f}  median within {result.fom_test_lo_16:.0f} ... "
-        f"{result.fom_test_hi_84:.0f} (68 %), cosmologies of the test split\n"
+        f"{result.fom_test_hi_84:.0f} (68 %), cosmologies of the test split",
         f"posterior {calibration.verdict}, chi2 per dof {calibration.chi2_per_dof:.2f} +- "
-        f"{calibration.chi2_per_dof_err:.2f} on {calibration.n_tiles} tiles of {calibration.tiles}{caveat}\n"
-        f"members   {ensemble.n_members} of other initial weights: FoM {min(medians):.0f} ... {max(medians):.0f}, "
-        f"mixture {ensemble.mixture.fom_fiducial_median:.0f}, "
-        f"worst divergence {ensemble.worst_divergence_nats:.3f} nats\n"
-        f"augmentation moves a summary by {moved} sigma (rms) in {' and '.join(result.params)}\n"
-        f"pictures  {folder}/fom.png\n"
-        f"          {folder}/calibration.png\n"
-        f"          {folder}/loss_curves.png\n"
-        f"          {folder}/tiles.png\n"
-        f"report    {folder}/report.html\n"
-        f"all       {folder}/fom_result.json"
-    )
+        f"{calibration.chi2_per_dof_err:.2f} on {calibration.n_tiles} tiles of {calibration.tiles}{caveat}",
+        f"members   {ensemble.n_members}, on bootstrapped simulations: FoM {min(medians):.0f} ... {max(medians):.0f}, "
+        f"mixture {ensemble.mixture.fom_fiducial_median:.0f}, worst divergence "
+        f"{ensemble.worst_divergence_nats:.3f} nats",
+        f"augmentation moves a summary by {moved} sigma (rms) in {' and '.join(result.params)}",
+        *(f"picture   {result.folder}/{name}.png" for name in ("fom", "calibration", "loss_curves", "tiles")),
+        f"report    {result.folder}/report.html",
+        f"all       {result.folder}/fom_result.json",
+    ]
+    if wide := result.recalibrated:
+        corrected = f"corrected {wide.fom_fiducial_median:.0f} +- {wide.fom_fiducial_median_err:.0f}"
+        lines.insert(5, f"{corrected}, with covariances {wide.scale:.2f} +- {wide.scale_err:.2f} times as large")
+    print("\n".join(lines))
 
 
 COMMAND = Command("npe", NPEConfig, "npe.stage.run_npe", report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,17 +22,18 @@ from data.stream import TileStream
 from data.tiles import Tiles
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # kappa (B, bins, N, N) or summary (B, d), and theta (B, d)
+AnyBatch = TypeVar("AnyBatch", covariant=True)
 Source = torch.Tensor | TileStream  # (n, bins, N, N)
 MEMORY_SHARE = 0.8  # of what the network leaves may go to the tiles; allocators and others need some
 LOADED_AT_A_TIME = 64  # tiles
 
 
-class Batched(Protocol):
+class Batched(Protocol[AnyBatch]):
     """A data set that gives whole batches and may be told of the next."""
 
     def __len__(self) -> int: ...
     def prefetch(self, positions: torch.Tensor) -> None: ...
-    def __getitems__(self, positions: torch.Tensor) -> Batch: ...
+    def __getitems__(self, positions: torch.Tensor) -> AnyBatch: ...
 
 
 class TileDataset:
@@ -63,6 +64,11 @@ class TileDataset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def sim_ids(self) -> np.ndarray:
+        """Number of the simulation of each tile, (n,); without keys every tile has one of its own."""
+        return self.rows.numpy() if self.keys is None else self.keys[self.rows, 0]
 
     def augmented(
         self, generator: torch.Generator, theta_noise: tuple[float, torch.Generator] | None = None
@@ -201,8 +207,8 @@ def batch_positions(n: int, batch_size: int, shuffle: torch.Generator | None) ->
 
 
 def batches(
-    dataset: Batched, batch_size: int, shuffle: torch.Generator | None = None, first: int = 0
-) -> Iterator[Batch]:
+    dataset: Batched[AnyBatch], batch_size: int, shuffle: torch.Generator | None = None, first: int = 0
+) -> Iterator[AnyBatch]:
     """One epoch of what a data set gives for a batch, from batch number `first` on.
 
     Between two batches, where nothing is half done, a waiting signal is answered.

@@ -5,7 +5,7 @@ from scipy.stats import chi2
 
 from npe.fom import N_BOOTSTRAP
 from npe.model import Posterior
-from npe.result import Calibration
+from npe.result import Calibration, Recalibrated
 
 LEVELS = np.linspace(0.05, 0.95, 19)  # credibility levels of the coverage curve
 VERDICT_SIGMA = 3.0  # beyond so many errors from 1 a posterior is called miscalibrated
@@ -67,6 +67,20 @@ def calibrate(
         coverage_lo_16=np.percentile(b_coverage, 16, axis=0).tolist(),
         coverage_hi_84=np.percentile(b_coverage, 84, axis=0).tolist(),
     )
+
+
+def recalibrate(posterior: Posterior, calibration: Calibration) -> Recalibrated | None:
+    """Posteriors (n,) as wide as independent tiles say, or None if their calibration is that of the test split.
+
+    All covariances times chi2_per_dof have a mean squared Mahalanobis distance of one per parameter on those tiles. The
+    FoM is that of two parameters, so it goes as one over the factor, and has its relative error.
+    """
+    if calibration.optimistic:
+        return None
+    scale, error = calibration.chi2_per_dof, calibration.chi2_per_dof_err
+    fom = posterior.fom / scale
+    median = float(np.median(fom))
+    return Recalibrated(scale, error, median, median * error / scale, fom.tolist())
 
 
 def _verdict(chi2_per_dof: float, error: float) -> str:

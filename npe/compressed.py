@@ -1,9 +1,11 @@
 """Tiles seen through the frozen compressor, compressed anew at every access."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from common.device import to_device
 from compress.model import FieldLevelCompressor
 from data.dataset import TileDataset, batches
 from data.module import SplitTiles
@@ -45,6 +47,26 @@ class CompressedTileDataset:
         return summary[0], theta[0]
 
 
+@dataclass(frozen=True)
+class WeightedDataset:
+    """Compressed tiles with the weights (n, n_members) that they have in the loss of each member."""
+
+    dataset: CompressedTileDataset
+    weight: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def prefetch(self, positions: torch.Tensor) -> None:
+        """Say which batch is asked for next."""
+        self.dataset.prefetch(positions)
+
+    def __getitems__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        summary, theta = self.dataset.__getitems__(positions)
+        (weight,) = to_device([self.weight[positions]], theta.device)  # (B, n_members)
+        return summary, theta, weight
+
+
 def compress_all(dataset: CompressedTileDataset, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Every tile once, in order: summaries (n, d) and theta (n, d)."""
     summaries, thetas = zip(*batches(dataset, batch_size), strict=True)
@@ -59,3 +81,4 @@ class CompressedTileDataModule:
         self.train_ds = CompressedTileDataset(data.npe_train_ds.augmented(augment), compressor)
         self.val_ds = CompressedTileDataset(data.test_ds, compressor)
         self.fiducial_ds = CompressedTileDataset(data.fiducial_ds, compressor)
+        self.train_sims, self.val_sims = data.npe_train_ds.sim_ids, data.test_ds.sim_ids

@@ -29,7 +29,12 @@ class NPEConfig(TrainingOptions):
     patience: int = option(30, "stop after so many epochs without a lower loss on the test split", above=0)
     learning_rate: float = option(1e-3, "learning rate of AdamW", above=0)
     weight_decay: float = option(1e-5, "weight decay of AdamW", at_least=0)
-    n_members: int = option(5, "NPEs with other initial weights; the FoM is that of the first", above=0)
+    hidden_layers: int = option(
+        2, "hidden layers of the NPE; 0: mean and covariance are affine in the summary", in_tag=True, at_least=0
+    )
+    n_members: int = option(
+        5, "NPEs; the FoM is that of the first, the others learn from bootstrapped simulations", above=0
+    )
     calibration_tiles: str = option("", "fresh simulations to check the posterior on; else the test split", path=True)
     tag: str = option("", "name of the run (default: that of the stage-1 run)", may_change=True, plain_name=True)
 

@@ -1,4 +1,4 @@
-"""Several NPEs that learn from the same batches: how far their posteriors differ, and their mixture."""
+"""Several NPEs that learn from the same batches with other weights: how far they differ, and their mixture."""
 
 import copy
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from npe.config import NPEConfig
 from npe.fom import scatter
 from npe.model import GaussianNPE, Posterior, posterior_of_moments
 from npe.result import Ensemble, Mixture
+
+BOOTSTRAP = 3  # of the seed: evaluate.py has 1 and 2
 
 
 @dataclass
@@ -45,9 +47,24 @@ def make_members(config: NPEConfig, n_params: int, device: torch.device) -> list
     members = []
     for k in range(config.n_members):
         torch.manual_seed(seeded_generator(config.seed, f"npe member {k}").initial_seed())
-        npe = GaussianNPE(n_params).to(device)
+        npe = GaussianNPE(n_params, config.hidden_layers).to(device)
         members.append(Member(npe, copy.deepcopy(npe), EarlyStopping(config.patience)))
     return members
+
+
+def bootstrap_weights(config: NPEConfig, *sim_ids: np.ndarray) -> list[torch.Tensor]:
+    """Weights of tiles in the loss of every member, float32 (n, n_members), for each array of their sim_ids (n,).
+
+    The first member has weights of one. The others have a Bayesian bootstrap (Rubin 1981, Annals of Statistics 9, 130):
+    every simulation draws a weight from an exponential distribution, the same for all its tiles, so that how far these
+    members differ says how far a posterior would be another one if it had been learnt from other simulations. The
+    weights of an array have mean one; those of a member do not depend on the number of members.
+    """
+    sims = np.unique(np.concatenate(sim_ids))
+    weight = np.ones((config.n_members, len(sims)))
+    weight[1:] = np.random.default_rng([config.seed, BOOTSTRAP]).exponential(size=weight[1:].shape)
+    of_tiles = [weight[:, np.searchsorted(sims, ids)] for ids in sim_ids]  # (n_members, n)
+    return [torch.from_numpy((w / w.mean(axis=1, keepdims=True)).T.astype(np.float32)) for w in of_tiles]
 
 
 def mixture(posteriors: list[Posterior]) -> Posterior:
@@ -79,13 +96,13 @@ def worst_divergence(posteriors: list[Posterior]) -> float:
 
 
 def compare(posteriors: list[Posterior]) -> Ensemble:
-    """How far posteriors of the fiducial tiles differ, of a run's members or of runs with other seeds."""
+    """How far posteriors of the fiducial tiles differ: those of a run's members, or of runs with other seeds."""
     medians = [float(np.median(p.fom)) for p in posteriors]
     mixed = mixture(posteriors)
     return Ensemble(
         n_members=len(posteriors),
         fom_fiducial_medians=medians,
-        fom_fiducial_medians_std=scatter(np.array(medians)),
+        fom_learning_std=scatter(np.array(medians[1:])),
         mixture=Mixture(float(np.median(mixed.fom)), mixed.fom.tolist(), mixed.mu.tolist(), mixed.cov.tolist()),
         worst_divergence_nats=worst_divergence(posteriors),
     )

@@ -13,7 +13,7 @@ from data.module import SplitTiles
 from data.schema import columns_of
 from data.split import fingerprint_of
 from data.tiles import Tiles
-from npe.calibration import calibrate, squared_distances
+from npe.calibration import calibrate, recalibrate, squared_distances
 from npe.compressed import CompressedTileDataModule, CompressedTileDataset, compress_all
 from npe.config import NPEConfig
 from npe.ensemble import Member, compare
@@ -70,11 +70,12 @@ def evaluate_npe(run: NPERun, members: list[Member]) -> tuple[FomResult, np.ndar
         npe=_training(run, members[0]),
         ensemble=compare([fiducial, *of_others]),
         calibration=calibration,
+        recalibrated=recalibrate(fiducial, calibration),
         augmentation_shift_in_sigma=augmentation_shift(
             run.compressed.val_ds, test, theta_std, config.batch_size, shift_generator
         ),
         audit=data.audit,
-        compressor=CompressorUsed(compressor.sha256, compressor.val_mse, compressor.epoch, asdict(compressor.config)),
+        compressor=CompressorUsed(compressor.sha256, compressor.val_loss, compressor.epoch, asdict(compressor.config)),
         reference_sha256=save_reference(last.path.with_name(REFERENCE_NAME), _reference(run)),
         manifest_sha256=data.manifest.sha256,
         fingerprints=data.fingerprints | {"calibration_tiles": fingerprint_of(run.fresh) if run.fresh else None},

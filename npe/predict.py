@@ -23,7 +23,7 @@ from npe.config import PredictConfig
 from npe.model import CHECKPOINT_NAME, GaussianNPE, Posterior, load_npe, predict_posterior
 from npe.ood import REFERENCE_NAME, WARN_BELOW, OutOfDistributionCheck, Reference, load_reference, look_at
 from npe.pictures import draw_predictions
-from npe.result import FomResult, read_fom_result
+from npe.result import FomResult, Recalibrated, read_fom_result
 
 BATCH_SIZE = 128
 ORDINARY = "ordinary"
@@ -38,6 +38,8 @@ class Prediction:
     cov: list[list[float]] = key("posterior covariance")
     sigma: list[float] = key("marginal standard deviations")
     fom: float = key("its Figure of Merit")
+    recalibrated_sigma: list[float] | None = key("sigma as wide as the run's --calibration-tiles ask; null without")
+    recalibrated_fom: float | None = key("its Figure of Merit then")
     tail_probability: dict[str, float] = key("by test, and `all`, see [data](data.md)")
     verdict: str = key("`ordinary`, or `out of distribution` and why")
 
@@ -88,7 +90,7 @@ def predict_tiles(config: PredictConfig, on_checkpoint: Callable[[], None] = lam
     )
     folder = home / Path(config.tiles).stem
     make_empty_folder(folder)
-    predictions = [_of_tile(name, i, posterior, tail) for i, name in enumerate(tiles.names)]
+    predictions = [_of_tile(name, i, posterior, tail, run.result.recalibrated) for i, name in enumerate(tiles.names)]
     odd = [prediction for prediction in predictions if prediction.verdict != ORDINARY]
     result = PredictResult(
         run=str(run.folder),
@@ -164,7 +166,9 @@ def _refuse_without_posterior(npe: GaussianNPE, summary: torch.Tensor, names: tu
         raise UserError(f"{far}; check its units and its noise level")
 
 
-def _of_tile(name: str, i: int, posterior: Posterior, tails: dict[str, np.ndarray]) -> Prediction:
+def _of_tile(
+    name: str, i: int, posterior: Posterior, tails: dict[str, np.ndarray], recalibrated: Recalibrated | None
+) -> Prediction:
     tail = {test: float(probability[i]) for test, probability in tails.items()}
     odd = [f"{test} {p:.2g}" for test, p in tail.items() if test != "all" and p < WARN_BELOW]
     why = f"out of distribution (probability {tail['all']:.2g}; {', '.join(odd) or 'several tests together'})"
@@ -174,6 +178,8 @@ def _of_tile(name: str, i: int, posterior: Posterior, tails: dict[str, np.ndarra
         cov=posterior.cov[i].tolist(),
         sigma=posterior.sigma[i].tolist(),
         fom=float(posterior.fom[i]),
+        recalibrated_sigma=None if recalibrated is None else (posterior.sigma[i] * recalibrated.scale**0.5).tolist(),
+        recalibrated_fom=None if recalibrated is None else float(posterior.fom[i] / recalibrated.scale),
         tail_probability=tail,
         verdict=ORDINARY if tail["all"] >= WARN_BELOW else why,
     )

@@ -58,7 +58,10 @@ class Ensemble:
 
     n_members: int = key("posteriors that are compared: the members of this run")
     fom_fiducial_medians: list[float] = key("median FoM of each")
-    fom_fiducial_medians_std: float | None = key("their sample standard deviation; null for one member")
+    fom_learning_std: float | None = key(
+        "**the learning error**: sample standard deviation of all but the first, which learnt from bootstrapped "
+        "simulations; null for fewer than three members"
+    )
     mixture: Mixture = key("the Gaussian with the moments of their mixture")
     worst_divergence_nats: float = key("largest mean KL divergence between two of them [nats]")
 
@@ -90,6 +93,17 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Recalibrated:
+    """The fiducial posteriors with every covariance times one factor, which independent simulations ask for."""
+
+    scale: float = key("the factor: `calibration.chi2_per_dof`")
+    scale_err: float = key("its error, bootstrapped over simulations")
+    fom_fiducial_median: float = key("median FoM of the fiducial tiles then")
+    fom_fiducial_median_err: float = key("its error from that of the scale alone")
+    fom_fiducial_all: list[float] = key("FoM of each tile then")
+
+
+@dataclass(frozen=True)
 class Shift:
     """How far summaries move, per parameter, in units of each tile's posterior σ."""
 
@@ -102,7 +116,7 @@ class CompressorUsed:
     """The compressor that stage 2 has used."""
 
     sha256: str = key("hash of its checkpoint")
-    val_mse: float = key("its validation loss")
+    val_loss: float = key("its validation loss, of the kind in `config`: mean squared error or NLL")
     epoch: int = key("epoch of its weights")
     config: dict[str, Any] = key("every option of stage 1")
 
@@ -150,8 +164,9 @@ class FomResult:
     compressor_checkpoint: str = key("`{tag}/best.ckpt` of stage 1")
     fiducial: FiducialTiles = key("the posteriors of the fiducial tiles")
     npe: NPETraining = key("the training")
-    ensemble: Ensemble = key("the members, which differ in their initial weights, see [spread](calibration.md#spread)")
+    ensemble: Ensemble = key("the members, see [the FoM's error](calibration.md#the-foms-error)")
     calibration: Calibration = key("is the posterior as wide as it should be? See [calibration](calibration.md)")
+    recalibrated: Recalibrated | None = key("the fiducial posteriors as wide as --calibration-tiles ask; null without")
     augmentation_shift_in_sigma: dict[str, Shift] = key(
         "how far `turns` and flips, `rolls`, and both (`all`) move the summaries of the test split"
     )

@@ -9,9 +9,9 @@ from common.errors import UserError
 from common.progress import Progress
 from common.resume import LastCheckpoint, Part, Position
 from data.dataset import batches, first_bad_batch
-from npe.compressed import CompressedTileDataModule, compress_all
+from npe.compressed import CompressedTileDataModule, WeightedDataset, compress_all
 from npe.config import NPEConfig
-from npe.ensemble import Member, make_members
+from npe.ensemble import Member, bootstrap_weights, make_members
 from npe.model import save_npe
 
 
@@ -25,6 +25,8 @@ def train(compressed: CompressedTileDataModule, config: NPEConfig, last: LastChe
     parameters = [p for member in members for p in member.npe.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     parts: dict[str, Part] = {"optimizer": optimizer} | {f"member {k}": member for k, member in enumerate(members)}
+    weight, val_weight = bootstrap_weights(config, compressed.train_sims, compressed.val_sims)
+    train_ds, val_weight = WeightedDataset(compressed.train_ds, weight), val_weight.to(last.device)  # (n, n_members)
     at = last.restore(parts, {"augment": compressed.augment})
 
     with Progress("training the NPE", config.max_epochs, "epochs") as progress, last.saved_when_interrupted():
@@ -32,8 +34,8 @@ def train(compressed: CompressedTileDataModule, config: NPEConfig, last: LastChe
         val_summary, val_theta = compress_all(compressed.val_ds, config.batch_size)  # never augmented: once is enough
         while at.epoch < config.max_epochs and not all(member.stopper.should_stop() for member in members):
             epoch_start, shuffle = time.monotonic(), _shuffle(config, at.epoch)
-            for summary, theta in batches(compressed.train_ds, config.batch_size, shuffle, first=at.batch):
-                nll = torch.stack([member.npe.nll(summary, theta).mean() for member in members])  # (n_members,)
+            for summary, theta, weight in batches(train_ds, config.batch_size, shuffle, first=at.batch):
+                nll = mean_nll(members, summary, theta, weight)  # (n_members,)
                 optimizer.zero_grad(set_to_none=True)
                 nll.sum().backward()
                 optimizer.step()
@@ -41,7 +43,7 @@ def train(compressed: CompressedTileDataModule, config: NPEConfig, last: LastChe
                 last.save_if_due()
 
             with torch.no_grad():
-                test_nll = torch.stack([member.npe.nll(val_summary, val_theta).mean() for member in members]).cpu()
+                test_nll = mean_nll(members, val_summary, val_theta, val_weight).cpu()
             train_nll = torch.stack(at.losses).mean(dim=0).cpu()  # (n_batches, n_members) -> (n_members,)
             _refuse_not_finite(train_nll + test_nll, at, compressed, config)
             better = [member.update(loss, at.epoch) for member, loss in zip(members, test_nll.tolist(), strict=True)]
@@ -52,6 +54,11 @@ def train(compressed: CompressedTileDataModule, config: NPEConfig, last: LastChe
             last.end_epoch({"epoch": at.epoch, **losses, "seconds": round(time.monotonic() - epoch_start, 3)})
             progress.advance(1, f"test_nll {losses['test_nll']:.4f}, best {first.best_loss:.4f}")
     return members
+
+
+def mean_nll(members: list[Member], summary: torch.Tensor, theta: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted mean loss of every member, (n_members,), on summaries and theta (B, d) with weights (B, n_members)."""
+    return torch.stack([(w * m.npe.nll(summary, theta)).mean() for m, w in zip(members, weight.T, strict=True)])
 
 
 def _shuffle(config: NPEConfig, epoch: int) -> torch.Generator:

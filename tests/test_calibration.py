@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2, kstest
 
-from npe.calibration import LEVELS, calibrate, squared_distances
+from npe.calibration import LEVELS, calibrate, recalibrate, squared_distances
 from npe.model import Posterior, posterior_of_moments
 from npe.result import Calibration
 
@@ -82,3 +82,18 @@ def test_tiles_that_share_their_error_count_as_one_simulation() -> None:
     alone = calibration_of(*posteriors(400))
     assert alone.chi2_per_dof_err == pytest.approx(1 / np.sqrt(2400), rel=0.15)
     assert alone.n_tiles == 2400
+
+
+@pytest.mark.parametrize("widen", [0.6, 1.0, 1.7])
+def test_recalibration_mends_posteriors_made_over_and_under_confident(widen: float) -> None:
+    """Checked on simulations that did not give the scale, and within the error that the result states."""
+    exact, _, _ = posteriors(50)
+    wrong, *_ = posteriors(50, widen)
+    found = recalibrate(wrong, calibration_of(*posteriors(400, widen)))
+    assert found is not None
+    assert found.scale * widen == pytest.approx(1, abs=3 * found.scale_err * widen)
+    assert found.fom_fiducial_median == pytest.approx(np.median(exact.fom), abs=3 * found.fom_fiducial_median_err)
+    assert found.fom_fiducial_median_err / found.fom_fiducial_median == pytest.approx(1 / np.sqrt(2400), rel=0.2)
+    corrected = posterior_of_moments(wrong.params, wrong.mu, found.scale * wrong.cov)
+    np.testing.assert_allclose(corrected.fom, found.fom_fiducial_all)
+    assert recalibrate(wrong, replace(calibration_of(*posteriors(400)), optimistic=True)) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import multivariate_normal
-from test_npe import CPU, TWO, MeanCompressor, Splits
+from test_npe import CPU, TWO, MeanCompressor, Splits, norm_stats_of
 
 from common.device import seeded_generator
 from common.resume import LastCheckpoint
-from npe.compressed import CompressedTileDataModule
+from npe.compressed import CompressedTileDataModule, compress_all
 from npe.config import NPEConfig
-from npe.ensemble import gaussian_kl, mixture, worst_divergence
-from npe.model import Posterior, load_npe, posterior_of_moments
+from npe.ensemble import bootstrap_weights, compare, gaussian_kl, mixture, worst_divergence
+from npe.model import Posterior, load_npe, posterior_of_moments, predict_posterior
 from npe.sweep import combine_seeds
 from npe.train import train as train_npe
 
@@ -49,6 +50,38 @@ def test_a_member_learns_the_same_alone_and_among_others(tmp_path: Path) -> None
         assert torch.equal(tensor, several[0][name]), name
         for other in several[1:]:
             assert not torch.equal(tensor, other[name]), name
+
+
+def test_the_learning_error_is_the_scatter_of_posteriors_learnt_from_other_simulations(tmp_path: Path) -> None:
+    """Twenty training sets: the bootstrap within one quotes, to the sampling errors of both, how far all differ.
+
+    Members that differ in their initial weights alone would quote less than half of it.
+    """
+    medians, quoted, fiducial = [], [], TWO.draw(12, 99)
+    for seed in range(20):
+        splits, augment = Splits(TWO.draw(400, 3 * seed), TWO.draw(100, 3 * seed + 1), fiducial), torch.Generator()
+        compressed = CompressedTileDataModule(splits, MeanCompressor(), augment)  # type: ignore[arg-type]
+        config = NPEConfig(ckpt="none", max_epochs=60, patience=10, learning_rate=5e-3, seed=seed)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        members = train_npe(compressed, config, LastCheckpoint(folder, config, {}, "npe_best.ckpt", CPU))
+        summary, _ = compress_all(compressed.fiducial_ds, 256)
+        ensemble = compare([predict_posterior(m.best, summary, PARAMS[:2], norm_stats_of(2)) for m in members])
+        medians.append(ensemble.fom_fiducial_medians[0])
+        quoted.append(ensemble.fom_learning_std)
+    assert 0.7 < np.sqrt(np.mean(np.square(quoted))) / np.std(medians, ddof=1) < 1.4
+
+
+def test_bootstrap_weights_belong_to_simulations_and_to_members() -> None:
+    config, sims = NPEConfig(ckpt="none", n_members=3), np.array([4, 4, 7, 9])
+    train_weight, test_weight = bootstrap_weights(config, sims, np.array([9, 7]))
+    assert (train_weight[:, 0] == 1).all()
+    assert torch.equal(train_weight[0], train_weight[1])  # two tiles of one simulation
+    torch.testing.assert_close(train_weight.mean(dim=0), torch.ones(3))
+    ratio = train_weight[[3, 2]] / test_weight  # the same simulations in another split, but for the mean of each
+    torch.testing.assert_close(ratio[0], ratio[1])
+    more, _ = bootstrap_weights(replace(config, n_members=5), sims, np.array([9, 7]))
+    assert torch.equal(more[:, :3], train_weight)
 
 
 THIRD = ([0.0012, 0.0003, 0.0400], -0.8), ([-0.0008, 0.0010, 0.0300], -0.7)

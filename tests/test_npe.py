@@ -85,12 +85,17 @@ def norm_stats_of(d: int) -> NormStats:
 
 
 @pytest.mark.parametrize(
-    ("toy", "params"),
-    [(TWO, ("Omega_m", "S8")), (THREE, ("Omega_m", "S8", "w")), (THREE, ("w", "S8", "Omega_m"))],
-    ids=["two", "three", "three in another order"],
+    ("toy", "params", "layers"),
+    [
+        (TWO, ("Omega_m", "S8"), 2),
+        (TWO, ("Omega_m", "S8"), 0),
+        (THREE, ("Omega_m", "S8", "w"), 2),
+        (THREE, ("w", "S8", "Omega_m"), 2),
+    ],
+    ids=["two", "two, affine", "three", "three in another order"],
 )
 def test_stage_2_reaches_the_exact_posterior_of_a_linear_gaussian_problem(
-    toy: LinearGaussian, params: tuple[str, ...], tmp_path: Path
+    toy: LinearGaussian, params: tuple[str, ...], layers: int, tmp_path: Path
 ) -> None:
     """The whole loop of stage 2, stated tolerance: FoM 3 %, covariance 5 % of its elements' scale, mean 0.06 sigma.
 
@@ -101,7 +106,8 @@ def test_stage_2_reaches_the_exact_posterior_of_a_linear_gaussian_problem(
     splits = Splits(toy.draw(20_000, 1), toy.draw(4_000, 2), toy.draw(500, 3))
     augment = seeded_generator(0, "augment")
     compressed = CompressedTileDataModule(splits, MeanCompressor(d), augment)  # type: ignore[arg-type]
-    config = NPEConfig(ckpt="none", max_epochs=20 * d, learning_rate=5e-4 * d / 2, n_members=1)
+    rate = 5e-4 * d / 2 if layers else 2e-3
+    config = NPEConfig(ckpt="none", max_epochs=20 * d, learning_rate=rate, n_members=1, hidden_layers=layers)
     train(compressed, config, LastCheckpoint(tmp_path, config, {}, "npe_best.ckpt", CPU))
 
     npe = load_npe(tmp_path / "npe_best.ckpt", d, CPU)[0]

@@ -1,7 +1,7 @@
 """Small runs of every command, and what came out of them: `python tests/golden/make.py OUT.json` (a minute).
 
 Two checkouts that write the same file compute the same numbers. tests/test_golden.py compares this one with
-tests/golden/golden.json, which the commit before the redesign of issue 15 wrote.
+tests/golden/golden.json. A commit that changes a number on purpose writes it again, and says which in the CHANGELOG.
 """
 
 from __future__ import annotations
