@@ -16,7 +16,7 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,6 +29,7 @@ from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, tiles_folder, write_json
 from common.device import describe_device
 from common.figures import BLUE, GREY, ORANGE, figure
 from common.versions import versions
+from compress.config import Loss
 from compress.model import CHECKPOINT_NAME, load_compressor
 from compress.result import RESULT_NAME
 from data.dataset import whole_dataset
@@ -78,10 +79,11 @@ RECIPES = {
 }
 
 
-def train(results: Path, vary: Vary, n_sims: int, recipe: str, seed: int) -> tuple[Path, Path, str]:
+def train(results: Path, vary: Vary, n_sims: int, recipe: str, loss: Loss, seed: int) -> tuple[Path, Path, str]:
     """Run the commands of the suite and of both stages: the folders of both runs, and the options of stage 1."""
-    tag = f"{recipe}_{seed}"
+    tag = f"{recipe}_{loss}_{seed}"
     stage_1, noiseless = RECIPES[recipe]
+    stage_1 += f" --loss {loss}"
     more = max(1, round(n_sims / N_SIMS))
     stage_1 = stage_1.format(epochs=EPOCHS // more, decay=DECAY // more)
     compressor_run, npe_run = Path(results, COMPRESSOR_RUNS, tag), Path(results, NPE_RUNS, tag)
@@ -224,12 +226,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vary", choices=["Omega_m,S8", "all"], default="Omega_m,S8")
     parser.add_argument("--recipe", choices=list(RECIPES), default="laptop")
+    parser.add_argument("--loss", choices=get_args(Loss), default="mse")
     parser.add_argument("--n-sims", type=int, default=N_SIMS)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--results-dir", type=Path, default=Path("build/exact"))
     options = parser.parse_args()
     results = options.results_dir / f"{options.vary.replace(',', '_')}_{options.n_sims}"
-    compressor_run, npe_run, used = train(results, options.vary, options.n_sims, options.recipe, options.seed)
+    compressor_run, npe_run, used = train(
+        results, options.vary, options.n_sims, options.recipe, options.loss, options.seed
+    )
 
     cosmo, kappa = unseen_tiles(options.vary)
     points = grid_over_prior() if options.vary == "Omega_m,S8" else draws_from_prior(N_DRAWS_LOG2, SEED)
@@ -241,7 +246,7 @@ def main() -> None:
         result["fom_exact_relative_error"], result["kl_error"] = importance_error(points, log_like)
     result |= {"vary": options.vary, "n_sims": options.n_sims, "recipe": used, "seed": options.seed}
     result |= {"device": describe_device(CPU), "versions": versions()}
-    name = f"exact_posterior_{options.recipe}_{options.seed}"
+    name = f"exact_posterior_{options.recipe}_{options.loss}_{options.seed}"
     write_json(results / f"{name}.json", result)
     draw(result, exact, learnt, results / f"{name}.png")
     print(f"\n{summary(result, options.recipe)}\nall                     {results / name}.json, .png")

@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="tiny")
     parser.add_argument("--n-sims", type=int, default=N_SIMS, help="fewer are memorised sooner")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--geometries", nargs="+", choices=GEOMETRIES, default=GEOMETRIES)
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--recipe", default=RECIPE, help="options of run_compressor.py")
     parser.add_argument("--results-dir", type=Path, default=Path("build/leakage"))
@@ -162,7 +163,7 @@ def main() -> None:
     tiles = f"--lmax {lmax} --noise-level {NOISE_LEVEL}"
 
     run(f"run_mock.py {tiles} --fresh --n-sims {N_FRESH} --results-dir {results}")
-    for geometry in GEOMETRIES:
+    for geometry in options.geometries:
         home = home_of(results, geometry, options.n_sims)
         run(f"run_mock.py {tiles} --geometry {geometry} --n-sims {options.n_sims} --results-dir {home}")
     fresh = read_tiles(tiles_folder("", results, lmax, NOISE_LEVEL, fresh=True), lmax, NOISE_LEVEL)
@@ -171,7 +172,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in range(1, options.seeds + 1):
         for geometry, split in CONFIGURATIONS:
-            if split not in options.splits:
+            if split not in options.splits or geometry not in options.geometries:
                 continue
             tag, home = f"{options.backbone}_lmax{lmax}_{split}_{seed}", home_of(results, geometry, options.n_sims)
             run_folder, npe_run = Path(home, COMPRESSOR_RUNS, tag), Path(home, NPE_RUNS, tag)
