@@ -65,9 +65,8 @@ def train(
             val_loss = validation_loss(evaluated, data.npe_train_ds, config.batch_size)
             if stopper.update(val_loss, at.epoch):
                 save_compressor(last.best, evaluated, config, data.hashes, at.epoch, val_loss)
-            lr, seconds = optimizer.param_groups[0]["lr"], round(time.monotonic() - epoch_start, 3)
             metrics = {"epoch": at.epoch, "train_loss": train_loss, f"val_{config.loss}": val_loss}
-            metrics |= {"lr": lr, "seconds": seconds}
+            metrics |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.monotonic() - epoch_start, 3)}
             last.end_epoch(metrics)
             progress.advance(
                 0, f"epoch {metrics['epoch']}, val_{config.loss} {val_loss:.4f}, best {stopper.best_loss:.4f}"
