@@ -25,7 +25,7 @@ class MeanSquaredError(nn.Module):
 class GaussianNLL(nn.Module):
     """-ln N(theta | summary, Cov(summary)) in nats: the mean is the summary, a small MLP of it gives the covariance.
 
-    Variational mutual information maximisation (Jeffrey, Alsing & Lanusse 2021, arXiv:2009.08459, section 3.2): the
+    Variational mutual information maximisation (Jeffrey, Alsing & Lanusse 2021, arXiv:2009.08459): the
     smaller this loss, the more the summary knows of theta. The mean squared error spends itself on the parameter that
     is badly known; this weighs every direction by how well it is known. Stage 2 learns a posterior of its own.
     """
