@@ -33,8 +33,8 @@ def report(result: FomResult) -> None:
         f"{result.fom_test_hi_84:.0f} (68 %), cosmologies of the test split",
         f"posterior {calibration.verdict}, chi2 per dof {calibration.chi2_per_dof:.2f} +- "
         f"{calibration.chi2_per_dof_err:.2f} on {calibration.n_tiles} tiles of {calibration.tiles}{caveat}",
-        f"members   {ensemble.n_members}, on bootstrapped simulations: FoM {min(medians):.0f} ... {max(medians):.0f}, "
-        f"mixture {ensemble.mixture.fom_fiducial_median:.0f}, worst divergence "
+        f"members   {ensemble.n_members}, all but the first on bootstrapped simulations: FoM {min(medians):.0f} ... "
+        f"{max(medians):.0f}, mixture {ensemble.mixture.fom_fiducial_median:.0f}, worst divergence "
         f"{ensemble.worst_divergence_nats:.3f} nats",
         f"augmentation moves a summary by {moved} sigma (rms) in {' and '.join(result.params)}",
         *(f"picture   {result.folder}/{name}.png" for name in ("fom", "calibration", "loss_curves", "tiles")),

@@ -5,10 +5,10 @@ from torch import nn
 
 from common.device import autocast
 from compress.power import features_of_powers
+from data.band_limit import RESOLVED
 from data.spectra import spectra_of
 
-N_BANDS = 24
-LARGEST_ELL = 3.0  # times the pixels of a side: along an axis the shortest wave, two pixels, has ell = 3.09 N
+N_BANDS = 24  # of equal width, up to what the pixels resolve
 
 
 class BandPowers(nn.Module):
@@ -24,5 +24,5 @@ class BandPowers(nn.Module):
 
     def forward(self, kappa: torch.Tensor) -> torch.Tensor:
         with autocast(kappa.device, torch.float32):  # bf16 has no digits for a Fourier transform
-            powers = spectra_of(kappa, LARGEST_ELL * kappa.shape[-1], N_BANDS)  # (B, n_powers)
+            powers = spectra_of(kappa, RESOLVED * kappa.shape[-1], N_BANDS)  # (B, n_powers)
         return self.mlp(powers)

@@ -52,12 +52,11 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
         write_norm_stats(folder, data.norm_stats)
 
         torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
-        model = FieldLevelCompressor(config.backbone, data.tiles.n_bins, len(data.params), dtype, config.loss).to(
-            device
-        )
+        shape = data.tiles.n_bins, len(data.params)
+        model = FieldLevelCompressor(config.backbone, *shape, dtype, config.loss).to(device)
         stopper = train(model, data, config, last)
         evaluation = evaluate_compressor(config, data, stopper, last)
-        _write(evaluation, config, data, folder)
+        _write(evaluation, data, folder)
         last.path.unlink(missing_ok=True)
         on_checkpoint()
     return evaluation.result
@@ -92,10 +91,10 @@ def read_tiles(
     return data
 
 
-def _write(evaluation: CompressorEvaluation, config: CompressorConfig, data: SplitTiles, folder: Path) -> None:
+def _write(evaluation: CompressorEvaluation, data: SplitTiles, folder: Path) -> None:
     """Pictures, then result.json: where it stands, the run is finished."""
     result, predicted = evaluation.result, evaluation.predicted
-    loss = config.loss
+    loss = result.config["loss"]
     curves = {"train_loss": "training (augmented, with theta noise)", f"val_{loss}": "validation"}
     title = {"mse": "mean squared error", "nll": "negative log-likelihood"}[loss]
     title = f"Compressor: {title} of normalised theta"

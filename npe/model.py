@@ -110,10 +110,10 @@ def load_npe(path: Path, n_params: int, device: torch.device) -> list[GaussianNP
     """
     content = load_checkpoint(path, KIND, ("members", "config"), CURE)
     try:
-        layers = content["config"]["hidden_layers"]
+        layers = NPEConfig(**content["config"]).hidden_layers
         members = [GaussianNPE(n_params, layers).to(device).eval() for _ in content["members"]]
         for npe, weights in zip(members, content["members"], strict=True):
             npe.load_state_dict(weights)
-    except (RuntimeError, TypeError, KeyError):
+    except (RuntimeError, TypeError):
         raise UserError(f"{path} does not fit this version's network; {CURE}") from None
     return members

@@ -219,6 +219,14 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arm
 
 
+def interrupt_in_the_first_epoch(config: CompressorConfig, stop_at: Callable[[int], None]) -> None:
+    """Leave a last.ckpt."""
+    stop_at(3)
+    with pytest.raises(interrupt.Interrupted):
+        run_compressor(config)
+    stop_at(-1)
+
+
 # In a batch of the first epoch, its validation, a batch of the second.
 @pytest.mark.parametrize(("place", "loss"), [(2, "mse"), (4, "nll"), (5, "nll")])
 def test_a_network_that_draws_at_random_and_a_loss_with_weights_go_on_as_well(
@@ -297,10 +305,7 @@ def test_other_tiles_are_refused(small_suite: Path, tmp_path: Path, stop_at: Cal
     config = CompressorConfig(
         results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=2, tag="t"
     )
-    stop_at(3)
-    with pytest.raises(interrupt.Interrupted):
-        run_compressor(config)
-    stop_at(-1)
+    interrupt_in_the_first_epoch(config, stop_at)
     build_suite(MockConfig(results_dir=str(tmp_path), **{**SMALL_SUITE, "seed": 43}, restart=True))
     folder = tmp_path / "field_compressor_runs" / "t"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -321,10 +326,7 @@ def test_restart_starts_over_from_a_training_of_another_version(
         results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=2, tag="t",
         batch_size=100,
     )  # fmt: skip
-    stop_at(3)
-    with pytest.raises(interrupt.Interrupted):
-        run_compressor(config)
-    stop_at(-1)
+    interrupt_in_the_first_epoch(config, stop_at)
     path = tmp_path / "field_compressor_runs" / "t" / "last.ckpt"
     content = load_checkpoint(path, KIND, (), "")
     del content["state"]["generators"]["theta noise"]  # after the model and the optimiser
@@ -344,10 +346,7 @@ def test_what_lies_beside_an_interrupted_or_a_finished_training_is_not_trusted(
     config = CompressorConfig(
         results_dir=str(tmp_path), lmax=SMALL_LMAX, noise_level="noiseless", backbone="tiny", max_epochs=2, tag="t"
     )
-    stop_at(3)
-    with pytest.raises(interrupt.Interrupted):
-        run_compressor(config)
-    stop_at(-1)
+    interrupt_in_the_first_epoch(config, stop_at)
     folder = tmp_path / "field_compressor_runs" / "t"
     last = (folder / "last.ckpt").read_bytes()
     manifest = (folder / "split_manifest.json").read_bytes()
