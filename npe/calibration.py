@@ -38,15 +38,15 @@ def calibrate(
     inside = d2[:, None] <= chi2.ppf(LEVELS, df=d)  # (n, n_levels)
 
     # Everything below is a mean over tiles, so a resample of simulations only needs sums per simulation.
-    columns = np.column_stack([np.ones(len(d2)), z, z**2, d2, inside])  # (n, 1 + d + d + 1 + n_levels)
+    columns = np.column_stack([np.ones(len(d2)), z, z**2, d2, posterior.nll(theta), inside])  # (n, n_columns)
     sims, group = np.unique(sim_id, return_inverse=True)
     sums = np.zeros((len(sims), columns.shape[1]))
     np.add.at(sums, group, columns)
     counts = rng.multinomial(len(sims), np.full(len(sims), 1 / len(sims)), size=N_BOOTSTRAP)  # how often each is drawn
     resampled = counts @ sums  # (N_BOOTSTRAP, n_sims) @ (n_sims, n_columns)
-    parts = [d, 2 * d, 2 * d + 1]
-    z_mean, z_square, mean_d2, coverage = np.split(columns[:, 1:].mean(axis=0), parts)
-    b_z_mean, b_z_square, b_mean_d2, b_coverage = np.split(resampled[:, 1:] / resampled[:, :1], parts, axis=1)
+    parts = [d, 2 * d, 2 * d + 1, 2 * d + 2]
+    z_mean, z_square, mean_d2, nll, coverage = np.split(columns[:, 1:].mean(axis=0), parts)
+    b_z_mean, b_z_square, b_mean_d2, b_nll, b_coverage = np.split(resampled[:, 1:] / resampled[:, :1], parts, axis=1)
     chi2_per_dof, error = float(mean_d2[0] / d), float(b_mean_d2.std() / d)
     return Calibration(
         tiles=tiles,
@@ -61,6 +61,8 @@ def calibrate(
         z_std_err=np.sqrt(np.maximum(b_z_square - b_z_mean**2, 0)).std(axis=0).tolist(),
         chi2_per_dof=chi2_per_dof,
         chi2_per_dof_err=error,
+        nll=float(nll[0]),
+        nll_err=float(b_nll.std()),
         fom_rescaled=fom / chi2_per_dof,
         levels=LEVELS.tolist(),
         coverage=coverage.tolist(),

@@ -62,11 +62,22 @@ class Posterior:
         return [self.params.index(name) for name in FOM_PARAMS]
 
     @property
+    def cov_of_fom(self) -> np.ndarray:
+        """Covariance of (Omega_m, S8), (n, 2, 2)."""
+        return self.cov[:, self.of_fom][:, :, self.of_fom]
+
+    @property
     def fom(self) -> np.ndarray:
         """Figure of Merit 1 / sqrt(det Cov(Omega_m, S8)), (n,)."""
         if len(self.params) == len(FOM_PARAMS):
             return self.inverse_volume
-        return 1 / np.sqrt(np.linalg.det(self.cov[:, self.of_fom][:, :, self.of_fom]))
+        return 1 / np.sqrt(np.linalg.det(self.cov_of_fom))
+
+    def nll(self, theta: np.ndarray) -> np.ndarray:
+        """-ln p(Omega_m, S8) of the truth theta (n, d), marginalised over the rest, physical units, in nats: (n,)."""
+        residual = (self.mu - theta)[:, self.of_fom]  # (n, 2)
+        d2 = np.einsum("ni,nij,nj->n", residual, np.linalg.inv(self.cov_of_fom), residual)
+        return d2 / 2 + np.log(2 * np.pi) - np.log(self.fom)
 
     @property
     def sigma(self) -> np.ndarray:

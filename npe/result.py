@@ -85,6 +85,11 @@ class Calibration:
     z_std_err: list[float] = key("its error")
     chi2_per_dof: float = key("mean squared Mahalanobis distance per parameter; 1 if calibrated, above 1 if too narrow")
     chi2_per_dof_err: float = key("its error")
+    nll: float = key(
+        "mean negative log-density of the true (Omega_m, S8), physical units [nats]: the lower, the more a tile tells; "
+        "runs that are checked on the same tiles compare by it"
+    )
+    nll_err: float = key("its error")
     fom_rescaled: float = key("the FoM if all covariances were chi2_per_dof times as large")
     levels: list[float] = key("credibility levels of the coverage")
     coverage: list[float] = key("share of tiles whose truth lies inside the credible region of each level")

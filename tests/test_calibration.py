@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import chi2, kstest
+from scipy.stats import chi2, kstest, multivariate_normal
 
 from npe.calibration import LEVELS, calibrate, recalibrate, squared_distances
 from npe.model import Posterior, posterior_of_moments
@@ -46,6 +46,9 @@ def test_exact_posteriors_are_found_calibrated(d: int) -> None:
     assert len(found.z_mean) == len(found.z_std) == d
     assert np.abs(np.array(found.z_mean) / found.z_mean_err).max() < 3
     assert np.abs((np.array(found.z_std) - 1) / found.z_std_err).max() < 3
+    entropy = multivariate_normal(cov=COV[:2, :2]).entropy()  # of the pair, whatever else is inferred
+    assert found.nll == pytest.approx(entropy, abs=3 * found.nll_err)
+    assert found.nll_err == pytest.approx(1 / np.sqrt(2400), rel=0.15)  # as d2 / 2 of the pair
     assert found.fom_rescaled == pytest.approx(1 / np.sqrt(np.linalg.det(COV[:2, :2])), rel=0.06)
 
 
