@@ -13,6 +13,7 @@ from common.progress import Progress
 from data.mock.fields import band_of, lognormal_alm
 from data.mock.make_theory_table import ELL, ccl_universe
 from data.mock.nz import N_BINS, nz_of_bins
+from data.mock.shift import lognormal_shift
 from data.mock.theory import BIN_PAIRS, theory_cl
 from data.schema import nside_of
 from data.sphere.harmonics import noise_alm
@@ -43,11 +44,12 @@ def tiles_of(job: tuple[int, np.ndarray, int, str]) -> dict[str, np.ndarray]:
     sim_id, cosmo, lmax, noise_level = job
     band = band_of(lmax, "lognormal")
     cl = theory_cl(cosmo[None], band)[0]  # (10, band + 1)
+    shift = lognormal_shift(cosmo)  # (4,)
     ell = np.maximum(np.arange(band + 1), ELL[0])
     ratio = np.stack([np.interp(np.log(ell), np.log(ELL), one) for one in ratio_of_shifted(cosmo)])
     alms = {
-        "signal": lognormal_alm(cl, lmax, np.random.default_rng([SEED, sim_id, 0])),
-        "moved": lognormal_alm(cl * ratio, lmax, np.random.default_rng([SEED, sim_id, 0])),
+        "signal": lognormal_alm(cl, shift, lmax, np.random.default_rng([SEED, sim_id, 0])),
+        "moved": lognormal_alm(cl * ratio, shift, lmax, np.random.default_rng([SEED, sim_id, 0])),
         "noise": noise_alm(noise_level, N_BINS, lmax, np.random.default_rng([SEED, sim_id, 1])),
     }
     return {name: tiles_of_alm(alm, lmax, nside_of(lmax), "disjoint") for name, alm in alms.items()}

@@ -11,14 +11,16 @@ import ducc0
 import numpy as np
 import pytest
 from conftest import SHARED_DATA, SMALL_LMAX, SMALL_SUITE
+from scipy.integrate import quad
 from scipy.special import sph_harm_y
 from scipy.stats import kstest
 
 from common.errors import UserError
 from data.mock.config import MockConfig
 from data.mock.cosmology import FIDUCIAL_COSMO, S8_COUNTS, S8_EDGES, design
-from data.mock.fields import gaussian_cl_of_lognormal, hilbert_shift, signal_alm
-from data.mock.nz import N_BINS
+from data.mock.fields import gaussian_cl_of_lognormal, signal_alm
+from data.mock.nz import N_BINS, nz_of_bins
+from data.mock.shift import empty_convergence, hilbert_shift, lognormal_shift
 from data.mock.suite import FRESH_SEED_OFFSET, build_suite
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, theory_cl
 from data.read_shards import read_tiles
@@ -108,9 +110,40 @@ def test_lognormal_skies_have_the_theory_spectra_within_2_per_cent_and_positive_
     # For a lognormal field of shift lambda and variance s^2 the skewness is 3 (s / lambda) + (s / lambda)^3; cutting
     # the multipoles at lmax lowers it, but not to nothing, and keeps the order: near sources are the more skewed.
     skewness = ((kappa / kappa.std(axis=1, keepdims=True)) ** 3).mean(axis=1)
-    bound = kappa.std(axis=1) / hilbert_shift()
+    bound = kappa.std(axis=1) / lognormal_shift(FIDUCIAL_COSMO)
     assert (skewness > 0.5 * 3 * bound).all()
     assert (skewness < 1.2 * (3 * bound + bound**3)).all()
+
+
+@pytest.mark.parametrize(("omega_m", "w"), [(0.15, -1.7), (0.25, -1.0), (0.48, -0.35)])
+def test_convergence_of_an_empty_line_of_sight_agrees_with_direct_integration(omega_m: float, w: float) -> None:
+    def expansion(z: float) -> float:
+        return np.sqrt(omega_m * (1 + z) ** 3 + (1 - omega_m) * (1 + z) ** (3 * (1 + w)))
+
+    def chi(z: float) -> float:
+        return quad(lambda x: 1 / expansion(x), 0, z)[0]
+
+    def efficiency(z: float, tomographic_bin: int) -> float:
+        return quad(lambda s: nz_of_bins(np.array([s]))[tomographic_bin, 0] * (1 - chi(z) / chi(s)), z, 6, limit=200)[0]
+
+    def integrand(z: float, tomographic_bin: int) -> float:
+        return 1.5 * omega_m * (1 + z) * chi(z) * efficiency(z, tomographic_bin) / expansion(z)
+
+    direct = [quad(integrand, 0, 6, args=(k,), epsrel=1e-5)[0] for k in range(N_BINS)]
+    np.testing.assert_allclose(empty_convergence(omega_m, w), direct, rtol=1e-4)
+
+
+def test_lognormal_shift_is_hilberts_in_his_cosmology_and_follows_the_skewness_of_perturbation_theory() -> None:
+    his = FIDUCIAL_COSMO.copy()
+    his[[COSMO_NAMES.index("Omega_m"), COSMO_NAMES.index("w")]] = 0.25, -1.0
+    np.testing.assert_allclose(lognormal_shift(his), hilbert_shift())
+    # For a small variance S3 = 3 / lambda. In perturbation theory S3 falls about as Omega_m^-0.8 (Bernardeau, van
+    # Waerbeke & Mellier 1997, astro-ph/9609122), and less so for farther sources.
+    denser = his.copy()
+    denser[COSMO_NAMES.index("Omega_m")] = 0.35
+    slope = np.log(lognormal_shift(denser) / lognormal_shift(his)) / np.log(0.35 / 0.25)
+    np.testing.assert_allclose(slope, 0.8, atol=0.2)
+    assert (np.diff(slope) < 0).all()
 
 
 def test_lognormal_transform_is_inverted_by_its_definition() -> None:

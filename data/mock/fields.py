@@ -5,7 +5,7 @@ from functools import cache
 import ducc0
 import numpy as np
 
-from data.mock.nz import NZ_MEAN
+from data.mock.shift import lognormal_shift
 from data.mock.theory import BIN_PAIRS, cl_matrix, theory_cl
 from data.sphere.harmonics import gaussian_alm
 
@@ -22,15 +22,6 @@ def covariance_root(cl: np.ndarray) -> np.ndarray:
     """
     value, vector = np.linalg.eigh(cl_matrix(cl))  # (n_ell, 4), (n_ell, 4, 4)
     return vector * np.sqrt(np.maximum(value, 0))[:, None, :]
-
-
-def hilbert_shift() -> np.ndarray:
-    """Shift lambda of the lognormal convergence in each bin, (4,).
-
-    Hilbert et al. 2011 (arXiv:1105.3980): 0.008 z + 0.029 z^2 - 0.0079 z^3 + 0.00065 z^4, at the bins' mean redshifts.
-    """
-    z = np.array(NZ_MEAN)
-    return 0.008 * z + 0.029 * z**2 - 0.0079 * z**3 + 0.00065 * z**4
 
 
 @cache
@@ -54,11 +45,13 @@ def gaussian_cl_of_lognormal(cl: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return 2 * np.pi * (np.log1p(xi / scale) * weight) @ legendre
 
 
-def lognormal_alm(cl: np.ndarray, lmax: int, rng: np.random.Generator) -> np.ndarray:
-    """Coefficients (4, n_alm(lmax)) of correlated lognormal fields with spectra cl (10, band + 1), band >= lmax."""
+def lognormal_alm(cl: np.ndarray, shift: np.ndarray, lmax: int, rng: np.random.Generator) -> np.ndarray:
+    """Coefficients (4, n_alm(lmax)) of correlated lognormal fields with spectra cl (10, band + 1) and shift (4,).
+
+    The spectra reach up to a band >= lmax.
+    """
     band = cl.shape[-1] - 1
     ell = np.arange(band + 1)
-    shift = hilbert_shift()
     root = covariance_root(gaussian_cl_of_lognormal(cl, shift))  # (band + 1, 4, 4)
     variance = (2 * ell + 1) / (4 * np.pi) @ np.square(root).sum(axis=2)  # (4,) of the fields that are drawn
     n_phi = ducc0.fft.good_size(2 * band + 1, True)
@@ -79,6 +72,7 @@ def band_of(lmax: int, field: str) -> int:
 
 def signal_alm(cosmo: np.ndarray, field: str, lmax: int, rng: np.random.Generator) -> np.ndarray:
     """Convergence of one sky without noise, (4, n_alm(lmax)), for a cosmology (7,) and "lognormal" or "gaussian"."""
+    cl = theory_cl(cosmo, band_of(lmax, field))[0]  # (10, band + 1)
     if field == "gaussian":
-        return gaussian_alm(covariance_root(theory_cl(cosmo, band_of(lmax, field))[0]), rng)
-    return lognormal_alm(theory_cl(cosmo, band_of(lmax, field))[0], lmax, rng)
+        return gaussian_alm(covariance_root(cl), rng)
+    return lognormal_alm(cl, lognormal_shift(cosmo), lmax, rng)

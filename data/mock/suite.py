@@ -50,7 +50,9 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
         Simulation(int(sim_id), cosmo, config.field, config.noise_level, config.lmax, nside, config.geometry, seed)
         for sim_id, cosmo in zip(sim_ids, cosmologies, strict=True)
     ]
-    description = describe(config.geometry, {name: getattr(config, name) for name in DESCRIBED})
+    # So that shards of an earlier version, whose shift was one for all cosmologies, are not mixed with these.
+    shift = {"lognormal_shift": "of each cosmology"} if config.field == "lognormal" else {}
+    description = describe(config.geometry, {name: getattr(config, name) for name in DESCRIBED} | shift)
     with exclusive(folder):
         finished = finished_shards(folder, description, config.restart)
         batches = [jobs[first : first + SIMS_PER_SHARD] for first in range(0, len(jobs), SIMS_PER_SHARD)]
