@@ -138,7 +138,7 @@ class Epochs:
             precision=self.precision,
             checkpoint_seconds=float("inf"),
         )
-        data: Any = SimpleNamespace(compressor_train_ds=self.train_ds, npe_train_ds=self.val_ds, hashes={})
+        data: Any = SimpleNamespace(compressor_train_ds=self.train_ds, npe_train_ds=self.val_ds, provenance={})
         with tempfile.TemporaryDirectory() as folder, patch("compress.train.save_compressor"):
             train(self.model, data, config, LastCheckpoint(Path(folder), config, {}, CHECKPOINT_NAME, self.device))
 

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +67,7 @@ class LastCheckpoint:
         self,
         folder: Path,
         config: ResumableOptions,
-        fixed: dict[str, str],
+        fixed: Mapping[str, str | None],
         best: str,
         device: torch.device,
         on_saved: Callable[[], None] = lambda: None,

@@ -1,6 +1,7 @@
 """Options of run_compressor.py, and what both stages compute with."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
@@ -48,6 +49,7 @@ class CompressorConfig(SplitOptions, TrainingOptions):
     backbone: Backbone = option(
         "efficientnet_v2_s", "network; tiny for laptops, power has learned power spectra alone, spectra has fixed bands"
     )
+    init_from: str = option("", "best.ckpt of another run, to start from its weights and in its units", path=True)
     max_epochs: int = option(500, "train at most so many epochs", above=0)
     batch_size: int = option(128, "tiles per step", at_least=2)
     patience: int = option(50, "stop after so many epochs without a lower validation loss", above=0)
@@ -85,4 +87,6 @@ class CompressorConfig(SplitOptions, TrainingOptions):
     @property
     def run_tag(self) -> str:
         """Name of the run's folder."""
-        return self.tag or f"field_{self.loss}_lmax{self.lmax}_{self.noise_level}_{self.backbone}{tag_suffix(self)}"
+        start = f"_from_{Path(self.init_from).parent.resolve().name}" if self.init_from else ""
+        name = f"field_{self.loss}_lmax{self.lmax}_{self.noise_level}_{self.backbone}"
+        return self.tag or f"{name}{tag_suffix(self)}{start}"

@@ -93,6 +93,7 @@ def evaluate_compressor(
         best_epoch=stopper.best_epoch,
         stopped="early stopping" if stopper.should_stop() else "max_epochs",
         elapsed_s=round(last.elapsed_s(), 1),
+        init_from=last.data["init_from"],
         n_tiles={name: len(dataset) for name, dataset in splits.items()} | {"fiducial": len(data.fiducial_ds)},
         n_parameters=sum(p.numel() for p in model.parameters()),
         audit=data.audit,

@@ -2,8 +2,9 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torchvision
 from torch import nn
@@ -117,6 +118,7 @@ class TrainedCompressor:
     norm_stats_sha256: str
     epoch: int
     val_loss: float
+    seen: np.ndarray  # (n, 8) cosmologies of the simulations behind the weights, in the order of PARAM_NAMES
     sha256: str  # of the file; results name the compressor by it
 
 
@@ -124,19 +126,19 @@ def save_compressor(
     path: Path,
     model: FieldLevelCompressor,
     config: CompressorConfig,
-    hashes: dict[str, str],
+    provenance: dict[str, Any],
     epoch: int,
     val_loss: float,
 ) -> None:
-    """Write best.ckpt; hashes are manifest_sha256 and norm_stats_sha256."""
+    """Write best.ckpt; the provenance is that of SplitTiles."""
     content = {"model": model.state_dict(), "n_bins": model.n_bins, "config": asdict(config)}
-    save_checkpoint(path, KIND, content | hashes | {"epoch": epoch, "val_loss": val_loss})
+    save_checkpoint(path, KIND, content | provenance | {"epoch": epoch, "val_loss": val_loss})
 
 
 def load_compressor(path: Path, device: torch.device, precision: Precision) -> TrainedCompressor:
     """Read best.ckpt; UserError if it is no compressor checkpoint, or its weights do not fit its options."""
     plain = ("manifest_sha256", "norm_stats_sha256", "epoch", "val_loss")
-    content = load_checkpoint(path, KIND, ("model", "n_bins", "config", *plain), CURE)
+    content = load_checkpoint(path, KIND, ("model", "n_bins", "config", "seen", *plain), CURE)
     try:
         config = CompressorConfig(**content["config"])
         dtype = pick_precision(precision, device, config.backbone)
@@ -144,5 +146,5 @@ def load_compressor(path: Path, device: torch.device, precision: Precision) -> T
         model.load_state_dict(content["model"])
     except (TypeError, RuntimeError, AttributeError):
         raise UserError(f"{path}: its weights and options do not fit together; run stage 1 again") from None
-    some = {name: content[name] for name in plain}
+    some = {name: content[name] for name in plain} | {"seen": content["seen"].numpy()}
     return TrainedCompressor(model=model.to(device).eval(), config=config, **some, sha256=sha256_of_file(path))

@@ -28,6 +28,7 @@ class CompressorResult:
     best_epoch: int = key("epoch of the best weights, from 0")
     stopped: str = key("what ended the training: `early stopping` or `max_epochs`")
     elapsed_s: float = key("seconds of training, over all interruptions")
+    init_from: str | None = key("SHA-256 of the checkpoint that --init-from named; null without")
     n_tiles: dict[str, int] = key("tiles of each split")
     n_parameters: int = key("weights of the network")
     audit: Audit = key("what the splits share, and more, see [leakage](leakage.md)")

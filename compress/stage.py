@@ -17,6 +17,7 @@ from compress.evaluate import CompressorEvaluation, evaluate_compressor
 from compress.memory import bytes_of_a_step
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, pick_precision
 from compress.pictures import draw_loss_curves, draw_predictions
+from compress.pretrained import read_pretrained
 from compress.result import RESULT_NAME, CompressorResult
 from compress.train import train
 from data.module import SplitTiles, TileDataModule
@@ -43,9 +44,11 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
         refuse_finished_run(folder, RESULT_NAME, config.restart)
         device = pick_device(config.device)
         dtype = pick_precision(config.precision, device, config.backbone)
-        fixed = {"precision": name_of_dtype(dtype)}
+        pretrained = read_pretrained(config, device) if config.init_from else None
+        fixed = {"precision": name_of_dtype(dtype), "init_from": pretrained.compressor.sha256 if pretrained else None}
         last = LastCheckpoint(folder, config, fixed, CHECKPOINT_NAME, device, on_checkpoint)
-        data = read_tiles(config, device, dtype)
+        data = read_tiles(config, device, dtype, norm_stats=pretrained.norm_stats if pretrained else None)
+        data = pretrained.seen_with(data) if pretrained else data
         if not last.can_resume(data.fingerprints):
             make_empty_folder(folder)
         write_manifest(folder, data.manifest)
@@ -54,6 +57,8 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
         torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
         shape = data.tiles.n_bins, len(data.params)
         model = FieldLevelCompressor(config.backbone, *shape, dtype, config.loss).to(device)
+        if pretrained:
+            pretrained.give_weights(model)
         stopper = train(model, data, config, last)
         evaluation = evaluate_compressor(config, data, stopper, last)
         _write(evaluation, data, folder)
@@ -69,7 +74,7 @@ def read_tiles(
     manifest: SplitManifest | None = None,
     norm_stats: NormStats | None = None,
 ) -> SplitTiles:
-    """The tiles of a run, split and normalised anew or as given (stage 2), after a look at what is wrong with them."""
+    """The tiles of a run, split and normalised anew or as given, after a look at what is wrong with them."""
     nside, training = nside_of(config.lmax, config.nside), manifest is None
     noiseless = config.noiseless_tiles
     data = TileDataModule(

@@ -64,7 +64,7 @@ def train(
                 renew_batch_norm(evaluated, data.compressor_train_ds, config)
             val_loss = validation_loss(evaluated, data.npe_train_ds, config.batch_size)
             if stopper.update(val_loss, at.epoch):
-                save_compressor(last.best, evaluated, config, data.hashes, at.epoch, val_loss)
+                save_compressor(last.best, evaluated, config, data.provenance, at.epoch, val_loss)
             metrics = {"epoch": at.epoch, "train_loss": train_loss, f"val_{config.loss}": val_loss}
             metrics |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.monotonic() - epoch_start, 3)}
             last.end_epoch(metrics)

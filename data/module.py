@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from data.dataset import TileDataset, whole_dataset
 from data.noiseless import read_noiseless
 from data.norm_stats import NORM_STATS_NAME, NormStats, compute_norm_stats
 from data.schema import columns_of
-from data.split import SplitManifest, fingerprint_of
+from data.split import PERCENT, SplitManifest, fingerprint_of
 from data.tiles import Tiles
 
 
@@ -28,6 +29,7 @@ class SplitTiles:
         params, theta: names of the inferred parameters, and their physical values, float64 (n, d).
         manifest, norm_stats, audit: as made or given, and what the splits share.
         fingerprints: of the tiles, and of those without noise, None if there are none.
+        seen: cosmologies (n, 8) of the simulations that are not held out, in the order of PARAM_NAMES.
         compressor_train_ds, npe_train_ds, test_ds, fiducial_ds: one TileDataset per split, not augmented.
     """
 
@@ -39,15 +41,21 @@ class SplitTiles:
     norm_stats: NormStats
     audit: Audit
     fingerprints: dict[str, str | None]
+    seen: np.ndarray
     compressor_train_ds: TileDataset
     npe_train_ds: TileDataset
     test_ds: TileDataset
     fiducial_ds: TileDataset
 
     @property
-    def hashes(self) -> dict[str, str]:
-        """Of the split and the normalisation; best.ckpt has them, so that stage 2 finds out if one was exchanged."""
-        return {"manifest_sha256": self.manifest.sha256, "norm_stats_sha256": self.norm_stats.sha256}
+    def provenance(self) -> dict[str, Any]:
+        """What best.ckpt says of its data.
+
+        By the hashes of the split and the normalisation stage 2 finds out if one was exchanged; by the cosmologies
+        --init-from knows whether its weights have seen the fiducial one.
+        """
+        hashes = {"manifest_sha256": self.manifest.sha256, "norm_stats_sha256": self.norm_stats.sha256}
+        return hashes | {"seen": torch.from_numpy(self.seen)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class TileDataModule:
         params, device, dtype, tiles_on: as for whole_dataset.
         reserve: bytes of the device's free memory that the network needs, given the number of bins.
         noiseless_dir: folder of the same tiles without noise, from which training makes tiles with other noise.
-        manifest, norm_stats: of a stage-1 run.
+        manifest, norm_stats: of a stage-1 run (norm_stats alone: of the run that --init-from names).
     """
 
     tiles_dir: Path
@@ -91,7 +99,8 @@ class TileDataModule:
         if found != (tiles.n_bins, len(self.params)):
             has = f"{NORM_STATS_NAME} has {found[0]} bins and {found[1]} parameters"
             raise UserError(
-                f"{has}, the tiles {tiles.n_bins} and --params {len(self.params)}; run stage 1 on these tiles"
+                f"{has}, the tiles {tiles.n_bins} and --params {len(self.params)}; run stage 1 on these tiles, without "
+                "--init-from"
             )
         # Sums of tiles are taken in float32, so where there are any, no tile is held in less.
         dtype = self.dtype if self.noiseless_dir is None else torch.float32
@@ -115,6 +124,7 @@ class TileDataModule:
             norm_stats=norm_stats,
             audit=data.audit,
             fingerprints=fingerprints,
+            seen=np.unique(tiles.params[np.concatenate([data.rows[name] for name in PERCENT])], axis=0),
             compressor_train_ds=splits["compressor_train"],
             npe_train_ds=splits["npe_train"],
             test_ds=splits["test"],

@@ -49,7 +49,7 @@ def run_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: None)
         fixed = {"precision": name_of_dtype(compressor.model.dtype), "compressor": compressor.sha256}
         last = LastCheckpoint(folder, config, fixed, CHECKPOINT_NAME, device, on_checkpoint)
         data = read_tiles_of(compressor, config, results_dir, device)
-        fresh = read_calibration_tiles(config, data)
+        fresh = read_calibration_tiles(config, data, compressor.seen)
         if not last.can_resume(data.fingerprints):
             make_empty_folder(folder)
 
@@ -110,13 +110,13 @@ def read_tiles_of(
     return read_tiles(here, device, compressor.model.dtype, manifest, norm_stats)
 
 
-def read_calibration_tiles(config: NPEConfig, data: SplitTiles) -> Tiles | None:
-    """The tiles of --calibration-tiles; UserError for bad shards, or simulations that this run was trained on."""
+def read_calibration_tiles(config: NPEConfig, data: SplitTiles, seen: np.ndarray) -> Tiles | None:
+    """The tiles of --calibration-tiles; UserError for bad shards, or a cosmology among those that were seen (n, 8)."""
     if not config.calibration_tiles:
         return None
     folder = named_folder(config.calibration_tiles, data.tiles.lmax, data.tiles.noise_level)
     tiles, _ = read_tiles_through_cache(folder, data.tiles.lmax, data.tiles.noise_level, data.tiles.nside)
-    if not set(map(tuple, data.tiles.params.tolist())).isdisjoint(map(tuple, tiles.params.tolist())):
+    if not set(map(tuple, seen.tolist())).isdisjoint(map(tuple, tiles.params.tolist())):
         raise UserError(
             f"--calibration-tiles {config.calibration_tiles} shares cosmologies with the training tiles; "
             "give independent simulations (python run_mock.py --fresh makes some)"

@@ -1,0 +1,102 @@
+"""Options of stage 1 side by side, over seeds, on simulations that no run has seen.
+
+python benchmarks/compare.py "--recipe laptop" "--recipe laptop --loss nll"
+python benchmarks/compare.py --lmax 200 --seeds 1 "--backbone power" "--backbone tiny"
+
+Every argument is one set of options of run_compressor.py. Both stages run with each of them on the lognormal suite, and
+the posterior is evaluated on fresh simulations from the same prior. Prints, as a mean over seeds with its error, the
+negative log-likelihood of (Omega_m, S8) there, its difference to the first set with the same seed, chi2/dof there, the
+run's Figure of Merit and its ratio to that of the first set, and the time of both stages. A finished run is not
+repeated, so several of these commands may share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+from benchmarks.leakage import run
+from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, tiles_folder, write_json
+from common.results import read_result
+from common.versions import versions
+from compress.model import CHECKPOINT_NAME
+from compress.result import RESULT_NAME, CompressorResult
+from npe.result import RESULT_NAME as NPE_RESULT_NAME
+from npe.result import read_fom_result
+
+NOISE_LEVEL = "des_y3"
+HEADER = "options of stage 1 | fresh NLL | - first | chi2/dof | FoM | / first | minutes"
+
+
+def figures_of(options: str, seed: int, lmax: int, stage_2: str, results: Path) -> list[float]:
+    """NLL and chi2/dof on the fresh simulations, FoM, and minutes of a pair of runs, which are made if need be."""
+    tag = re.sub(r"[^\w.+]+", "_", f"lmax{lmax} {options} {stage_2} {seed}").strip("_")
+    compressor_run, npe_run = results / COMPRESSOR_RUNS / tag, results / NPE_RUNS / tag
+    fresh = tiles_folder("", results, lmax, NOISE_LEVEL, fresh=True)
+    if not (compressor_run / RESULT_NAME).exists():
+        run(
+            f"run_compressor.py --lmax {lmax} --noise-level {NOISE_LEVEL} {options} --seed {seed} "
+            f"--results-dir {results} --tag {tag}"
+        )
+    if not (npe_run / NPE_RESULT_NAME).exists():
+        run(f"run_npe.py --ckpt {compressor_run / CHECKPOINT_NAME} --calibration-tiles {fresh} --seed {seed} {stage_2}")
+    stage_1 = read_result(compressor_run / RESULT_NAME, CompressorResult, "stage 1")
+    result = read_fom_result(npe_run)
+    minutes = (stage_1.elapsed_s + result.elapsed_s) / 60
+    return [result.calibration.nll, result.calibration.chi2_per_dof, result.fom_fiducial_median, minutes]
+
+
+def table(found: dict[str, np.ndarray]) -> str:
+    """A row per set of options, from its figures (n_seeds, 4)."""
+    rows = [f"| {HEADER} |", "|" + "---|" * (HEADER.count("|") + 1)]
+    first = next(iter(found.values()))
+    for options, figures in found.items():
+        nll, chi2, fom, minutes = figures.T
+        cells = [_mean(nll, 3), _mean(nll - first[: len(nll), 0], 3), _mean(chi2, 2)]
+        cells += [_mean(fom, 0), _mean(fom / first[: len(fom), 2], 3), f"{minutes.mean():.0f}"]
+        rows.append(f"| `{options}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _mean(values: np.ndarray, digits: int) -> str:
+    error = f" ± {values.std(ddof=1) / np.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{error}"
+
+
+def main() -> None:
+    """Run what is missing, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage_1", nargs="+", metavar="OPTIONS")
+    parser.add_argument("--stage-2", default="", metavar="OPTIONS", help="of run_npe.py, for all")
+    parser.add_argument("--lmax", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=42, help="the first")
+    parser.add_argument("--n-sims", type=int, default=791)
+    parser.add_argument("--n-fresh", type=int, default=300, help="fresh simulations")
+    parser.add_argument("--results-dir", type=Path, default=Path("build/compare"))
+    options = parser.parse_args()
+    results = options.results_dir / str(options.n_sims)
+    suite = f"run_mock.py --lmax {options.lmax} --noise-level {NOISE_LEVEL} --results-dir {results}"
+    run(f"{suite} --n-sims {options.n_sims}")
+    run(f"{suite} --n-sims {options.n_fresh} --fresh")
+    found: dict[str, np.ndarray] = {}
+    for seed in range(options.seed, options.seed + options.seeds):
+        for stage_1 in options.stage_1:
+            figures = figures_of(stage_1, seed, options.lmax, options.stage_2, results)
+            found[stage_1] = np.array([*found.get(stage_1, []), figures])
+        print(f"\nup to seed {seed}\n{table(found)}\n", flush=True)
+    record = {name: figures.tolist() for name, figures in found.items()}
+    write_json(
+        options.results_dir / "compare.json", vars(options) | {"results_dir": str(results), "runs": record} | versions()
+    )
+
+
+if __name__ == "__main__":
+    main()
