@@ -35,9 +35,14 @@ NOISE_LEVEL = "des_y3"
 HEADER = "options of stage 1 | fresh NLL | - first | chi2/dof | FoM | / first | minutes"
 
 
+def name_of(words: str) -> str:
+    """The words as one plain name."""
+    return re.sub(r"[^\w.+]+", "_", words).strip("_")
+
+
 def figures_of(options: str, seed: int, lmax: int, stage_2: str, results: Path) -> list[float]:
     """NLL and chi2/dof on the fresh simulations, FoM, and minutes of a pair of runs, which are made if need be."""
-    tag = re.sub(r"[^\w.+]+", "_", f"lmax{lmax} {options} {stage_2} {seed}").strip("_")
+    tag = name_of(f"lmax{lmax} {options} {stage_2} {seed}")
     compressor_run, npe_run = results / COMPRESSOR_RUNS / tag, results / NPE_RUNS / tag
     fresh = tiles_folder("", results, lmax, NOISE_LEVEL, fresh=True)
     if not (compressor_run / RESULT_NAME).exists():

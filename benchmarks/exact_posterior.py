@@ -3,6 +3,7 @@
 python benchmarks/exact_posterior.py                    only Omega_m and S8 vary; --recipe laptop of run_compressor.py
 python benchmarks/exact_posterior.py --recipe best      the best recipe that was found
 python benchmarks/exact_posterior.py --vary all         all seven parameters vary
+python benchmarks/exact_posterior.py --stage-1 "--loss nll"     further options of run_compressor.py
 python benchmarks/exact_posterior.py --n-sims 3160      four times the tiles
 
 Makes a suite, runs both stages on it with their commands (a finished run is not repeated), draws tiles that neither has
@@ -16,7 +17,7 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,12 +25,12 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+from benchmarks.compare import name_of
 from benchmarks.leakage import BATCH_SIZE, run
 from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, tiles_folder, write_json
 from common.device import describe_device
 from common.figures import BLUE, GREY, ORANGE, figure
 from common.versions import versions
-from compress.config import Loss
 from compress.model import CHECKPOINT_NAME, load_compressor
 from compress.result import RESULT_NAME
 from data.dataset import whole_dataset
@@ -79,11 +80,11 @@ RECIPES = {
 }
 
 
-def train(results: Path, vary: Vary, n_sims: int, recipe: str, loss: Loss, seed: int) -> tuple[Path, Path, str]:
-    """Run the commands of the suite and of both stages: the folders of both runs, and the options of stage 1."""
-    tag = f"{recipe}_{loss}_{seed}"
+def train(results: Path, vary: Vary, n_sims: int, recipe: str, more_options: str, seed: int) -> tuple[str, str]:
+    """Run the commands of the suite and of both stages: the name of both runs, and the options of stage 1."""
     stage_1, noiseless = RECIPES[recipe]
-    stage_1 += f" --loss {loss}"
+    stage_1 = f"{stage_1} {more_options}".strip()
+    tag = name_of(f"{recipe} {more_options} {seed}")
     more = max(1, round(n_sims / N_SIMS))
     stage_1 = stage_1.format(epochs=EPOCHS // more, decay=DECAY // more)
     compressor_run, npe_run = Path(results, COMPRESSOR_RUNS, tag), Path(results, NPE_RUNS, tag)
@@ -100,7 +101,7 @@ def train(results: Path, vary: Vary, n_sims: int, recipe: str, loss: Loss, seed:
         commands.append(f"run_npe.py --ckpt {compressor_run / CHECKPOINT_NAME} --seed {seed}")
     for command in commands:
         run(command)
-    return compressor_run, npe_run, stage_1
+    return tag, stage_1
 
 
 def unseen_tiles(vary: Vary) -> tuple[np.ndarray, np.ndarray]:
@@ -115,15 +116,17 @@ def unseen_tiles(vary: Vary) -> tuple[np.ndarray, np.ndarray]:
 
 
 def learnt_posterior(compressor_run: Path, npe_run: Path, kappa: np.ndarray) -> Posterior:
-    """Posteriors of tiles (n, 4, N, N) from the trained networks."""
+    """Posteriors of (Omega_m, S8) for tiles (n, 4, N, N) from the trained networks."""
     norm_stats = read_norm_stats(compressor_run)
     unused = np.ones((len(kappa), len(PARAM_NAMES)))
     tiles = Tiles(kappa, np.zeros((len(kappa), 3), dtype=np.int64), unused, LMAX, NOISE_LEVEL)
-    dataset = whole_dataset(tiles, FOM_PARAMS, norm_stats, CPU)
-    compressor = load_compressor(compressor_run / CHECKPOINT_NAME, CPU, "float32").model
-    npe = load_npe(npe_run / NPE_CHECKPOINT_NAME, len(FOM_PARAMS), CPU)[0]
-    summary, _ = compress_all(CompressedTileDataset(dataset, compressor), BATCH_SIZE)
-    return predict_posterior(npe, summary, FOM_PARAMS, norm_stats)
+    compressor = load_compressor(compressor_run / CHECKPOINT_NAME, CPU, "float32")
+    params = compressor.config.theta_names
+    dataset = whole_dataset(tiles, params, norm_stats, CPU)
+    npe = load_npe(npe_run / NPE_CHECKPOINT_NAME, len(params), CPU)[0]
+    summary, _ = compress_all(CompressedTileDataset(dataset, compressor.model), BATCH_SIZE)
+    posterior = predict_posterior(npe, summary, params, norm_stats)
+    return posterior_of_moments(FOM_PARAMS, posterior.mu[:, posterior.of_fom], posterior.cov_of_fom)
 
 
 def importance_error(points: WeightedPoints, log_like: np.ndarray) -> tuple[float, float]:
@@ -226,27 +229,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vary", choices=["Omega_m,S8", "all"], default="Omega_m,S8")
     parser.add_argument("--recipe", choices=list(RECIPES), default="laptop")
-    parser.add_argument("--loss", choices=get_args(Loss), default="mse")
+    parser.add_argument("--stage-1", default="", metavar="OPTIONS")
     parser.add_argument("--n-sims", type=int, default=N_SIMS)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--results-dir", type=Path, default=Path("build/exact"))
     options = parser.parse_args()
     results = options.results_dir / f"{options.vary.replace(',', '_')}_{options.n_sims}"
-    compressor_run, npe_run, used = train(
-        results, options.vary, options.n_sims, options.recipe, options.loss, options.seed
-    )
+    tag, used = train(results, options.vary, options.n_sims, options.recipe, options.stage_1, options.seed)
 
     cosmo, kappa = unseen_tiles(options.vary)
     points = grid_over_prior() if options.vary == "Omega_m,S8" else draws_from_prior(N_DRAWS_LOG2, SEED)
     log_like = log_likelihood(points.cosmo, powers_of(kappa, LMAX), NOISE_LEVEL, LMAX, NSIDE)
     exact = exact_posterior(points, log_like)
-    learnt = learnt_posterior(compressor_run, npe_run, kappa)
+    learnt = learnt_posterior(results / COMPRESSOR_RUNS / tag, results / NPE_RUNS / tag, kappa)
     result = compare(exact, learnt, cosmo[:, :2])
     if not points.cell:
         result["fom_exact_relative_error"], result["kl_error"] = importance_error(points, log_like)
     result |= {"vary": options.vary, "n_sims": options.n_sims, "recipe": used, "seed": options.seed}
     result |= {"device": describe_device(CPU), "versions": versions()}
-    name = f"exact_posterior_{options.recipe}_{options.loss}_{options.seed}"
+    name = f"exact_posterior_{tag}"
     write_json(results / f"{name}.json", result)
     draw(result, exact, learnt, results / f"{name}.png")
     print(f"\n{summary(result, options.recipe)}\nall                     {results / name}.json, .png")
