@@ -3,6 +3,7 @@
 python benchmarks/compare.py "--recipe laptop" "--recipe laptop --loss nll"
 python benchmarks/compare.py --lmax 200 --seeds 1 "--backbone power" "--backbone tiny"
 
+(--noiseless-tiles build/compare/791/tiles/lmax_100_noiseless is made if one of them asks for it.)
 Every argument is one set of options of run_compressor.py. Both stages run with each of them on the lognormal suite, and
 the posterior is evaluated on fresh simulations from the same prior. Prints, as a mean over seeds with its error, the
 negative log-likelihood of (Omega_m, S8) there, its difference to the first set with the same seed, chi2/dof there, the
@@ -28,6 +29,7 @@ from common.results import read_result
 from common.versions import versions
 from compress.model import CHECKPOINT_NAME
 from compress.result import RESULT_NAME, CompressorResult
+from data.schema import NOISELESS
 from npe.result import RESULT_NAME as NPE_RESULT_NAME
 from npe.result import read_fom_result
 
@@ -64,13 +66,14 @@ def table(found: dict[str, np.ndarray]) -> str:
     first = next(iter(found.values()))
     for options, figures in found.items():
         nll, chi2, fom, minutes = figures.T
-        cells = [_mean(nll, 3), _mean(nll - first[: len(nll), 0], 3), _mean(chi2, 2)]
-        cells += [_mean(fom, 0), _mean(fom / first[: len(fom), 2], 3), f"{minutes.mean():.0f}"]
+        cells = [mean_with_error(nll, 3), mean_with_error(nll - first[: len(nll), 0], 3), mean_with_error(chi2, 2)]
+        cells += [mean_with_error(fom, 0), mean_with_error(fom / first[: len(fom), 2], 3), f"{minutes.mean():.0f}"]
         rows.append(f"| `{options}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _mean(values: np.ndarray, digits: int) -> str:
+def mean_with_error(values: np.ndarray, digits: int) -> str:
+    """The mean of values (n_seeds,), and its error if there are several."""
     error = f" ± {values.std(ddof=1) / np.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
     return f"{values.mean():.{digits}f}{error}"
 
@@ -88,9 +91,11 @@ def main() -> None:
     parser.add_argument("--results-dir", type=Path, default=Path("build/compare"))
     options = parser.parse_args()
     results = options.results_dir / str(options.n_sims)
-    suite = f"run_mock.py --lmax {options.lmax} --noise-level {NOISE_LEVEL} --results-dir {results}"
-    run(f"{suite} --n-sims {options.n_sims}")
-    run(f"{suite} --n-sims {options.n_fresh} --fresh")
+    suite = f"run_mock.py --lmax {options.lmax} --results-dir {results} --n-sims"
+    run(f"{suite} {options.n_sims} --noise-level {NOISE_LEVEL}")
+    run(f"{suite} {options.n_fresh} --noise-level {NOISE_LEVEL} --fresh")
+    if "--noiseless-tiles" in " ".join(options.stage_1):
+        run(f"{suite} {options.n_sims} --noise-level {NOISELESS}")
     found: dict[str, np.ndarray] = {}
     for seed in range(options.seed, options.seed + options.seeds):
         for stage_1 in options.stage_1:
@@ -98,9 +103,8 @@ def main() -> None:
             found[stage_1] = np.array([*found.get(stage_1, []), figures])
         print(f"\nup to seed {seed}\n{table(found)}\n", flush=True)
     record = {name: figures.tolist() for name, figures in found.items()}
-    write_json(
-        options.results_dir / "compare.json", vars(options) | {"results_dir": str(results), "runs": record} | versions()
-    )
+    about = vars(options) | {"results_dir": str(results), "runs": record, "versions": versions()}
+    write_json(options.results_dir / "compare.json", about)
 
 
 if __name__ == "__main__":
