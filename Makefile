@@ -19,6 +19,7 @@ slow: .venv/installed-dev
 
 exact: .venv/installed
 	$(BIN)/python benchmarks/exact_posterior.py
+	$(BIN)/python benchmarks/exact_posterior.py --recipe best
 
 leakage: .venv/installed
 	$(BIN)/python benchmarks/leakage.py

@@ -7,8 +7,8 @@ python benchmarks/exact_posterior.py --stage-1 "--loss nll"     further options 
 python benchmarks/exact_posterior.py --n-sims 3160      four times the tiles
 
 Makes a suite, runs both stages on it with their commands (a finished run is not repeated), draws tiles that neither has
-seen, and compares the learnt posteriors with the exact ones. It says nothing about non-Gaussian fields, seams, masks or
-leakage.
+seen, and compares the learnt posteriors with the exact ones. At the end all runs on the suite stand side by side. It
+says nothing about non-Gaussian fields, seams, masks or leakage.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.compare import name_of
 from benchmarks.leakage import BATCH_SIZE, run
-from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, tiles_folder, write_json
+from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, read_json, tiles_folder, write_json
 from common.device import describe_device
 from common.figures import BLUE, GREY, ORANGE, figure
 from common.versions import versions
@@ -74,9 +74,9 @@ N_SIMS = 791
 RECIPES = {
     "laptop": ("--recipe laptop --norm-tiles 1024", False),
     "long": (f"{TINY} --max-epochs 40 --decay-epochs 2 --decay-factor 0.8", False),
-    "best": (f"{POWER} {AVERAGED}", True),
-    "own-noise": (f"{POWER} {AVERAGED}", False),
-    "tiny": (f"{TINY} {AVERAGED}", True),
+    "best": (f"{POWER} {AVERAGED} --loss nll", True),
+    "own-noise": (f"{POWER} {AVERAGED} --loss nll", False),
+    "tiny": (f"{TINY} {AVERAGED} --loss nll", True),
 }
 
 
@@ -203,6 +203,18 @@ def summary(result: dict[str, Any], recipe: str) -> str:
     return "\n".join(lines)
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """All runs of a suite side by side."""
+    header = "recipe | seed | KL(exact, NPE), nats | median | FoM / exact, prior | fiducial | chi2/dof"
+    rows = [f"| {header} |", "|" + "---|" * (header.count("|") + 1)]
+    for result in results:
+        chi2 = result["calibration"]
+        cells = [result["name"], str(result["seed"]), f"{result['kl_mean']:.3f} ± {result['kl_mean_err']:.3f}"]
+        cells += [f"{result[key]:.3f}" for key in ("kl_median", "fom_ratio_prior_median", "fom_ratio_fiducial")]
+        rows.append(f"| {' | '.join(cells)} | {chi2['chi2_per_dof']:.2f} ± {chi2['chi2_per_dof_err']:.2f} |")
+    return "\n".join(rows)
+
+
 def draw(result: dict[str, Any], exact: ExactPosterior, learnt: Posterior, path: Path) -> None:
     """FoM against the exact one, tile by tile, and the coverage of both."""
     with figure(path, 9.6, 4.2) as drawn:
@@ -245,12 +257,19 @@ def main() -> None:
     result = compare(exact, learnt, cosmo[:, :2])
     if not points.cell:
         result["fom_exact_relative_error"], result["kl_error"] = importance_error(points, log_like)
-    result |= {"vary": options.vary, "n_sims": options.n_sims, "recipe": used, "seed": options.seed}
+    result |= {
+        "name": f"{options.recipe} {options.stage_1}".strip(),
+        "vary": options.vary,
+        "n_sims": options.n_sims,
+        "recipe": used,
+        "seed": options.seed,
+    }
     result |= {"device": describe_device(CPU), "versions": versions()}
     name = f"exact_posterior_{tag}"
     write_json(results / f"{name}.json", result)
     draw(result, exact, learnt, results / f"{name}.png")
-    print(f"\n{summary(result, options.recipe)}\nall                     {results / name}.json, .png")
+    print(f"\n{summary(result, options.recipe)}\nall                     {results / name}.json, .png\n")
+    print(table([read_json(path) for path in sorted(results.glob("exact_posterior_*.json"))]))
 
 
 if __name__ == "__main__":
