@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.machine import Device
 from common.options import Config, ResultsOptions, flag_of, option, parse_args
 from compress.config import CompressorConfig, TrainingOptions
-from data.config import NoiseLevel, lmax_list
+from data.config import NoiseLevel, number_list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class NPEConfig(TrainingOptions):
     )
     n_members: int = option(
         5, "NPEs; the FoM is that of the first, the others learn from bootstrapped simulations", above=0
+    )
+    n_sims: int = option(
+        0, "learn from so many of the compressor's simulations, fiducial included (0: all)", in_tag=True, at_least=0
     )
     calibration_tiles: str = option("", "fresh simulations to check the posterior on; else the test split", path=True)
     tag: str = option("", "name of the run (default: that of the stage-1 run)", may_change=True, plain_name=True)
@@ -65,7 +68,9 @@ class SweepConfig(ResultsOptions):
     @property
     def runs(self) -> list[SweepRun]:
         """One for every lmax and seed."""
-        return [SweepRun(self, lmax, self.seed + k) for lmax in lmax_list(self.lmax) for k in range(self.seeds)]
+        return [
+            SweepRun(self, lmax, self.seed + k) for lmax in number_list("--lmax", self.lmax) for k in range(self.seeds)
+        ]
 
 
 @dataclass(frozen=True)
