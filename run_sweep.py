@@ -1,7 +1,8 @@
-"""Both stages for several lmax and seeds: the Figure of Merit against lmax.
+"""Both stages for several lmax and seeds: the Figure of Merit against lmax, or against the number of simulations.
 
 python run_sweep.py --lmax 200,400,600 --seeds 3               here, one after the other
 modal run --detach run_sweep.py --lmax 200,400,600 --seeds 3   on Modal, side by side, a container for every point
+python run_sweep.py --lmax 200 --n-sims 100,200,400,791 --stage-2 "--calibration-tiles DIR"
 """
 
 from __future__ import annotations
@@ -12,20 +13,34 @@ from common.command import Command
 from npe.config import SweepConfig
 
 if TYPE_CHECKING:  # it needs torch, and --help does not
-    from npe.result import SweepResult
+    from npe.result import LearningCurve, LearningCurves, SweepResult
 
 
-def report(result: SweepResult) -> None:
+def report(result: SweepResult | LearningCurves) -> None:
     """What the user waited for."""
-    for row in result.curve:
+    for row in getattr(result, "curve", []):
         seeds = "" if row.std_over_seeds is None else f"+- {row.std_over_seeds:.0f} over {row.n_seeds} seeds, "
         tiles = "" if row.std_over_tiles is None else f"+- {row.std_over_tiles:.0f} over tiles, "
         mixture = "" if row.n_seeds == 1 else f"mixture of the seeds {row.mixture_fom:.0f}"
         print(f"lmax {row.lmax:5d}  FoM {row.fom:.0f}  {seeds}{tiles}{mixture}".rstrip(" ,"))
+    for curve in getattr(result, "curves", []):
+        print(f"lmax {curve.lmax:5d}  {curve.stages}: {twice_as_many(curve)}")
     for point in result.points:
         if "error" in point:
             print(f"failed    {point['tag']}: {point['error']}")
-    print(f"picture   {result.folder}/fom_vs_lmax.png\nall       {result.folder}/fom_vs_lmax.json")
+    name = "fom_vs_lmax" if hasattr(result, "curve") else "learning_curve"
+    print(f"picture   {result.folder}/{name}.png\nall       {result.folder}/{name}.json")
+
+
+def twice_as_many(curve: LearningCurve) -> str:
+    """What twice as many simulations would give, in words."""
+    fom, nll = curve.fom, curve.nll
+    if fom is None or nll is None:
+        return f"no curve, since {len(set(curve.n_sims))} numbers of simulations have a run that succeeded"
+    now = f"{fom.at_largest:.0f} +- {fom.at_largest_err:.0f}"
+    merit = f"FoM {fom.at_twice:.0f} +- {fom.at_twice_err:.0f} instead of {now}"
+    change = f"NLL {'lower' if nll.gain < 0 else 'higher'} by {abs(nll.gain):.3f} +- {nll.gain_err:.3f} nats"
+    return f"twice as many simulations ({2 * max(curve.n_sims)}): {merit}, {change}"
 
 
 COMMAND = Command("sweep", SweepConfig, "npe.sweep.run_sweep", report, side_by_side="npe.sweep.sweep_side_by_side")

@@ -64,7 +64,9 @@ class Audit:
     n_variance_outliers: int = key("tiles whose variance in a bin is far from the rest of their simulation")
     variance_outliers: list[Outlier] = key("the worst of them, each in its worst bin")
     band_limit: str = key("what contradicts their lmax, in words; empty if nothing does")
-    ranges: dict[str, list[float]] = key("minimum and maximum of each parameter, without the fiducial simulation")
+    ranges: dict[str, list[float]] = key(
+        "minimum and maximum of each parameter in the splits, without the fiducial simulation"
+    )
     fiducial: Fiducial | None = key("the fiducial simulation; null if the data set does not have it")
 
     def warnings(self) -> list[str]:
@@ -107,7 +109,7 @@ def audit_tiles(
     Args:
         tiles, moments: the data set.
         splits: positions in `tiles` of every split's tiles, in the order in which the splits are used.
-        fiducial_sim_id: held out of the ranges; may be absent.
+        fiducial_sim_id: held out of the ranges, which are those of the other tiles that are split; may be absent.
         orientations: where the tiles lie; empty if they have no common sky, None if unknown.
 
     Raises:
@@ -123,7 +125,7 @@ def audit_tiles(
     example = [across[0], np.argmax(group == group[across[0]])] if len(across) else []
     outliers = variance_outliers(tiles.keys, moments.variance)
     is_fiducial = sim_ids == fiducial_sim_id
-    others = tiles.params[~is_fiducial]
+    others = tiles.params[np.isin(np.arange(n), np.concatenate(list(splits.values()))) & ~is_fiducial]
     ranges = {name: [float(v.min()), float(v.max())] for name, v in zip(PARAM_NAMES, others.T, strict=True)}
     return Audit(
         n_tiles=n,

@@ -44,7 +44,9 @@ def read_and_split(folder: Path, options: SplitOptions, manifest: SplitManifest 
         UserError: bad shards, too few tiles to split, or a manifest or geometry that does not fit them.
     """
     tiles, moments = read_tiles_through_cache(folder, options.lmax, options.noise_level, options.nside)
-    manifest = manifest or make_manifest(tiles, options.split_seed, options.split_by, options.fiducial_sim_id)
+    if manifest is None:
+        how = (options.split_seed, options.split_by, options.fiducial_sim_id, options.n_sims)
+        manifest = make_manifest(tiles, *how)
     rows = split_indices(manifest, tiles, folder)
     orientations = read_orientations(folder, options.geometry)
     audit = audit_tiles(tiles, moments, rows, options.fiducial_sim_id, orientations)

@@ -40,6 +40,9 @@ class SplitOptions(TileOptions):
     split_seed: int = option(42, "seed of the split; keep it, so that runs are comparable", at_least=0)
     fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "simulation held out of every split")
     geometry: TileGeometry = option("auto", "where the tiles lie on the sky; auto: as the shards say")
+    n_sims: int = option(
+        0, "subset of the suite: the fiducial simulation and others, so many in all (0: all)", in_tag=True, at_least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,8 @@ class FetchConfig(ResultsOptions):
         return f"lmax_{self.lmax}_{self.noise_level}"
 
 
-def lmax_list(text: str) -> list[int]:
-    """The multipoles of a list with commas, smallest first.
+def number_list(flag: str, text: str) -> list[int]:
+    """The numbers of an option that is a list with commas, smallest first.
 
     Raises:
         UserError: it is no such list.
@@ -72,7 +75,7 @@ def lmax_list(text: str) -> list[int]:
     try:
         values = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise UserError(f"--lmax {text!r} is not a list like 200,400,600") from None
+        raise UserError(f"{flag} {text!r} is not a list like 200,400,600") from None
     if values[0] <= 0:
-        raise UserError(f"--lmax is {values[0]}; it must be positive")
+        raise UserError(f"{flag} is {values[0]}; it must be positive")
     return values

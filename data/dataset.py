@@ -70,6 +70,12 @@ class TileDataset:
         """Number of the simulation of each tile, (n,); without keys every tile has one of its own."""
         return self.rows.numpy() if self.keys is None else self.keys[self.rows, 0]
 
+    def of_sims(self, sim_ids: np.ndarray) -> TileDataset:
+        """The tiles of some simulations; noise is then that of their tiles, too."""
+        other = copy.copy(self)
+        other.rows = self.rows[torch.from_numpy(np.isin(self.sim_ids, sim_ids))]
+        return other
+
     def augmented(
         self, generator: torch.Generator, theta_noise: tuple[float, torch.Generator] | None = None
     ) -> TileDataset:

@@ -35,6 +35,11 @@ class SplitManifest:
     )
 
     @property
+    def sim_ids(self) -> np.ndarray:
+        """The simulations that it splits, the fiducial one among them, ascending."""
+        return np.unique([key[0] for keys in self.splits.values() for key in keys])
+
+    @property
     def sha256(self) -> str:
         """Hash of the manifest, which checkpoints carry: it protects from a stage 2 on another split than stage 1's."""
         return sha256_of_json(vars(self))
@@ -62,22 +67,56 @@ def split_keys(keys: np.ndarray, seed: int, split_by: SplitBy, fiducial_sim_id: 
     """
     rest = keys[keys[:, 0] != fiducial_sim_id]
     units = [tuple(key[: 3 if split_by == "tile" else 1]) for key in rest.tolist()]  # what each tile goes with
-    shuffled = sorted(set(units), key=lambda unit: hashlib.sha256(":".join(map(str, (seed, *unit))).encode()).digest())
+    shuffled = sorted(set(units), key=lambda unit: _digest(seed, *unit))
     splits, start = {}, 0
     for name, percent in PERCENT.items():
         stop = len(shuffled) if name == "test" else start + len(shuffled) * percent // 100
         chosen = set(shuffled[start:stop])
         if not chosen:
             found = f"{len(shuffled)} {split_by}s beside the fiducial simulation are too few"
-            raise UserError(f"{found} for a {percent} % {name} split; add simulations (run_mock.py --n-sims)")
+            raise UserError(f"{found} for a {percent} % {name} split; more simulations are needed (--n-sims)")
         splits[name] = rest[[unit in chosen for unit in units]]
         start = stop
     return {**splits, "fiducial": keys[keys[:, 0] == fiducial_sim_id]}
 
 
-def make_manifest(tiles: Tiles, seed: int, split_by: SplitBy, fiducial_sim_id: int) -> SplitManifest:
-    """Split a data set; depends on its keys alone."""
-    splits = split_keys(tiles.keys, seed, split_by, fiducial_sim_id)
+def _digest(*words: object) -> bytes:
+    """What puts things into an order that looks random, and that no library update can change."""
+    return hashlib.sha256(":".join(map(str, words)).encode()).digest()
+
+
+def subset_of(sim_ids: np.ndarray, n_sims: int, seed: int, fiducial_sim_id: int) -> np.ndarray:
+    """The simulations of --n-sims: the fiducial one and the first others in a shuffled order, n_sims in all; 0: all.
+
+    So a smaller subset lies within a larger one of the same seed. The order is not that of split_keys: the first
+    simulations of that one are the compressor's own, where the split is one of simulations.
+
+    Args:
+        sim_ids: of the simulations that there are, or of their tiles.
+
+    Raises:
+        UserError: more than there are, or no fiducial simulation among them.
+    """
+    sims = np.unique(sim_ids)
+    if not n_sims:
+        return sims
+    if n_sims > len(sims):
+        raise UserError(f"--n-sims {n_sims}: there are {len(sims)} simulations; give no more than that, or 0 for all")
+    if fiducial_sim_id not in sims:
+        missing = f"the fiducial simulation {fiducial_sim_id}, which is in every subset, is not among the tiles"
+        raise UserError(f"--n-sims {n_sims}: {missing}; give another --fiducial-sim-id")
+    others = [sim for sim in sims.tolist() if sim != fiducial_sim_id]
+    others.sort(key=lambda sim: _digest("n_sims", seed, sim))
+    return np.array([fiducial_sim_id, *others[: n_sims - 1]])
+
+
+def make_manifest(tiles: Tiles, seed: int, split_by: SplitBy, fiducial_sim_id: int, n_sims: int = 0) -> SplitManifest:
+    """Split a data set, or the subset of n_sims of its simulations as if there were no others.
+
+    It depends on the keys alone, but for the fingerprint, which is that of the whole data set.
+    """
+    chosen = np.isin(tiles.keys[:, 0], subset_of(tiles.keys[:, 0], n_sims, seed, fiducial_sim_id))
+    splits = split_keys(tiles.keys[chosen], seed, split_by, fiducial_sim_id)
     of_tiles = (tiles.lmax, tiles.noise_level, fingerprint_of(tiles), list(KEY_NAMES))
     in_json = {name: keys.tolist() for name, keys in splits.items()}
     return SplitManifest(split_by, seed, PERCENT, fiducial_sim_id, *of_tiles, in_json)

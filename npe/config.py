@@ -12,7 +12,9 @@ from common.errors import UserError
 from common.machine import Device
 from common.options import Config, ResultsOptions, flag_of, option, parse_args
 from compress.config import CompressorConfig, TrainingOptions
-from data.config import NoiseLevel, lmax_list
+from data.config import NoiseLevel, number_list
+
+MIN_NUMBERS = 4  # of simulations, for a learning curve: one more than its law has constants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,9 @@ class NPEConfig(TrainingOptions):
     n_members: int = option(
         5, "NPEs; the FoM is that of the first, the others learn from bootstrapped simulations", above=0
     )
+    n_sims: int = option(
+        0, "learn from so many of the compressor's simulations, fiducial included (0: all)", in_tag=True, at_least=0
+    )
     calibration_tiles: str = option("", "fresh simulations to check the posterior on; else the test split", path=True)
     tag: str = option("", "name of the run (default: that of the stage-1 run)", may_change=True, plain_name=True)
 
@@ -46,7 +51,7 @@ class NPEConfig(TrainingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(ResultsOptions):
-    """Both stages for several lmax and several seeds: the Figure of Merit against lmax."""
+    """Both stages for several lmax and several seeds: the Figure of Merit against lmax, or a learning curve."""
 
     lmax: str = option("200,400,600", "largest multipoles, with commas between them; the tiles of each must be there")
     seeds: int = option(3, "so many seeds at every lmax", above=0)
@@ -54,44 +59,91 @@ class SweepConfig(ResultsOptions):
     noise_level: NoiseLevel = option("des_y3", "shape noise of the tiles")
     stage_1: str = option("", "further options of run_compressor.py, in quotes", quotes=CompressorConfig)
     stage_2: str = option("", "further options of run_npe.py, in quotes", quotes=NPEConfig)
+    n_sims: str = option("", "learning curve: train on subsets of so many simulations, with commas between them")
     name: str = option("sweep", "name of the sweep; its runs are named {name}_lmax{lmax}_seed{seed}", plain_name=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for run in self.runs:  # a senseless option is refused before anything is computed
             run.compressor()
-            run.npe("")
+            npe = run.npe("")
+        if self.n_sims and len(self.numbers) < MIN_NUMBERS:
+            raise UserError(
+                f"--n-sims {self.n_sims!r}: a learning curve needs {MIN_NUMBERS} numbers, as 100,200,400,791"
+            )
+        if self.n_sims and not npe.calibration_tiles:
+            cure = "add --calibration-tiles in the quotes of --stage-2 (python run_mock.py --fresh makes some)"
+            raise UserError(f"--n-sims compares runs on tiles that none of them has seen; {cure}")
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of simulations of a learning curve, smallest first."""
+        return number_list("--n-sims", self.n_sims)
+
+    @property
+    def rounds(self) -> list[list[SweepRun]]:
+        """Its runs, one for every lmax and seed; each needs no other of its round, but what those before have made.
+
+        A learning curve has two rounds: both stages with every number of simulations, the largest first, which fails
+        at once if there are not so many; then stage 2 alone, on the compressor of the largest.
+        """
+        points = [(lmax, self.seed + k) for lmax in number_list("--lmax", self.lmax) for k in range(self.seeds)]
+        if not self.n_sims:
+            return [[SweepRun(self, *point) for point in points]]
+        *smaller, largest = self.numbers
+        both = [SweepRun(self, *point, n, n) for point in points for n in (largest, *smaller)]
+        return [both, [SweepRun(self, *point, n, largest) for point in points for n in smaller]]
 
     @property
     def runs(self) -> list[SweepRun]:
-        """One for every lmax and seed."""
-        return [SweepRun(self, lmax, self.seed + k) for lmax in lmax_list(self.lmax) for k in range(self.seeds)]
+        """Those of all rounds."""
+        return [run for runs in self.rounds for run in runs]
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One point of a sweep."""
+    """One point of a sweep; in a learning curve with the number of simulations of each stage, else 0."""
 
     sweep: SweepConfig
     lmax: int
     seed: int
+    n_sims: int = 0
+    compressor_n_sims: int = 0
+
+    @property
+    def stage_2_alone(self) -> bool:
+        """Whether its compressor is that of another point."""
+        return self.n_sims != self.compressor_n_sims
+
+    @property
+    def compressor_tag(self) -> str:
+        """Name of stage 1's folder."""
+        subset = f"_n{self.compressor_n_sims}" if self.compressor_n_sims else ""
+        return f"{self.sweep.name}_lmax{self.lmax}_seed{self.seed}{subset}"
 
     @property
     def tag(self) -> str:
-        """Name of both stages' folders."""
-        return f"{self.sweep.name}_lmax{self.lmax}_seed{self.seed}"
+        """Name of stage 2's folder, and of the point."""
+        return self.compressor_tag + (f"_npe{self.n_sims}" if self.stage_2_alone else "")
 
     def compressor(self) -> CompressorConfig:
-        """Options of stage 1."""
-        return self._parsed(CompressorConfig, "stage_1", lmax=self.lmax, noise_level=self.sweep.noise_level)
+        """Options of stage 1.
+
+        In a learning curve every seed has its own split and subsets, so that the scatter over seeds has what other
+        simulations would change.
+        """
+        subset = {"n_sims": self.compressor_n_sims, "split_seed": self.seed} if self.n_sims else {}
+        given = {"lmax": self.lmax, "noise_level": self.sweep.noise_level, "tag": self.compressor_tag, **subset}
+        return self._parsed(CompressorConfig, "stage_1", given)
 
     def npe(self, ckpt: str) -> NPEConfig:
         """Options of stage 2."""
-        return self._parsed(NPEConfig, "stage_2", ckpt=ckpt)
+        subset = {"n_sims": self.n_sims if self.stage_2_alone else 0} if self.n_sims else {}
+        return self._parsed(NPEConfig, "stage_2", {"ckpt": ckpt, "tag": self.tag, **subset})
 
-    def _parsed(self, config_class: type[Config], quotes: str, **given: Any) -> Config:
+    def _parsed(self, config_class: type[Config], quotes: str, given: dict[str, Any]) -> Config:
         text: str = getattr(self.sweep, quotes)
-        given |= {"results_dir": self.sweep.results_dir, "seed": self.seed, "tag": self.tag}
+        given |= {"results_dir": self.sweep.results_dir, "seed": self.seed}
         own = {flag_of(name): str(value) for name, value in given.items()}
         try:
             words = shlex.split(text)

@@ -11,7 +11,7 @@ from common.figures import BLUE, GREY, ORANGE, figure
 from data.module import SplitTiles
 from data.schema import FOM_PARAMS, label_of
 from npe.model import Posterior
-from npe.result import Calibration, FomResult, SweepResult
+from npe.result import Calibration, FomResult, LearningCurves, SweepResult
 
 # Radius in sigma that holds 68.3 % of a two-dimensional Gaussian: sqrt(-2 ln(1 - 0.683)).
 RADIUS_68 = np.sqrt(-2 * np.log(1 - 0.683))
@@ -134,3 +134,31 @@ def draw_curve(result: SweepResult, path: Path) -> None:
         axes.set(xlabel="lmax", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
         axes.set_title(f"Fiducial tiles, {result.noise_level}")
         axes.legend(loc="lower right")
+
+
+def draw_learning_curves(result: LearningCurves, path: Path) -> None:
+    """Every run against its number of simulations, the fits, and twice as many; NLL left, FoM right, a row per lmax."""
+    lmaxes = sorted({curve.lmax for curve in result.curves})
+    style = {"both stages": (BLUE, "o"), "stage 2 alone": (ORANGE, "s")}
+    with figure(path, 9.6, 3.8 * len(lmaxes)) as drawn:
+        grid = drawn.subplots(len(lmaxes), 2, squeeze=False)
+        for curve in result.curves:
+            (left, right), (colour, marker) = grid[lmaxes.index(curve.lmax)], style[curve.stages]
+            twice = 2 * max(curve.n_sims)
+            n = np.geomspace(min(curve.n_sims), twice)
+            left.plot(curve.n_sims, curve.nll_of_runs, marker, color=colour, ms=4, label=curve.stages)
+            right.plot(curve.n_sims, curve.fom_of_runs, marker, color=colour, ms=4, label=curve.stages)
+            if curve.nll and curve.fom:
+                left.plot(n, curve.nll.at(n), color=colour, lw=1)
+                right.plot(n, np.exp(curve.fom.at(n)), color=colour, lw=1)
+                for axes, fit in ((left, curve.nll), (right, curve.fom)):
+                    label = f"{twice} simulations, predicted"
+                    bar = {"fmt": marker, "mfc": "white", "color": colour, "capsize": 4, "label": label}
+                    axes.errorbar(twice, fit.at_twice, fit.at_twice_err, **bar)
+            left.set(ylabel="NLL on fresh simulations [nats]", title=f"lmax {curve.lmax}, {result.noise_level}")
+            right.set(ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$", title="Fiducial tiles")
+            for axes in (left, right):
+                axes.set(xlabel="simulations", xscale="log")
+                axes.set_xticks(ticks := sorted({*curve.n_sims, twice}), ticks)
+                axes.minorticks_off()
+                axes.legend(fontsize=8)

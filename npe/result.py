@@ -153,6 +153,55 @@ class SweepResult:
 
 
 @dataclass(frozen=True)
+class CurveFit:
+    """The law floor + c N^-a of a figure that is learnt from N simulations, and what it says of twice as many."""
+
+    floor: float = key("what it tends to with ever more simulations")
+    c: float = key("c of floor + c N^-a; negative if it grows with N")
+    a: float = key("a of it")
+    a_lo_16: float = key("16th percentile of the exponents that the points allow")
+    a_hi_84: float = key("84th percentile of them")
+    at_largest: float = key("the law at the largest number of simulations")
+    at_largest_err: float = key("its error")
+    at_twice: float = key("at twice as many")
+    at_twice_err: float = key("its error, over all exponents that the points allow")
+    gain: float = key("at twice as many, less that at the largest")
+    gain_err: float = key("its error, which is not that of two independent numbers")
+
+    def at(self, n_sims: np.ndarray) -> np.ndarray:
+        """The law at numbers of simulations (m,), (m,)."""
+        return self.floor + self.c * n_sims**-self.a
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """How the figures of one lmax change with the number of simulations."""
+
+    lmax: int = key("largest multipole")
+    stages: str = key("`both stages`, or `stage 2 alone` with the compressor of the largest number")
+    n_sims: list[int] = key("number of simulations of each run that succeeded, the fiducial one counted")
+    nll_of_runs: list[float] = key("`calibration.nll` of each")
+    fom_of_runs: list[float] = key("`fom_fiducial_median` of each")
+    nll: CurveFit | None = key("fit to the NLL; null for fewer than four different numbers of simulations")
+    fom: CurveFit | None = key("fit to the FoM: `floor`, `c` and `a` are those of ln FoM; null as well")
+
+
+@dataclass(frozen=True)
+class LearningCurves:
+    """The content of learning_curve.json."""
+
+    noise_level: str = key("shape noise of the tiles")
+    curves: list[LearningCurve] = key("two for every lmax")
+    points: list[dict[str, Any]] = key(
+        "one entry per run: `lmax`, `seed`, `tag`, `n_sims` and `compressor_n_sims`, FoMs, `chi2_per_dof` and `nll` "
+        "with `nll_err`; or `error`"
+    )
+    failed: list[str] = key("tags of the runs that failed")
+    folder: str = key("folder of the sweep")
+    versions: dict[str, str] = key("commit of this code, Python and the packages")
+
+
+@dataclass(frozen=True)
 class FomResult:
     """The content of fom_result.json."""
 

@@ -20,7 +20,7 @@ from compress.stage import read_tiles
 from data.cache import read_tiles_through_cache
 from data.module import SplitTiles
 from data.norm_stats import NORM_STATS_NAME, read_norm_stats
-from data.split import MANIFEST_NAME, read_manifest
+from data.split import MANIFEST_NAME, read_manifest, subset_of
 from data.tiles import Tiles
 from npe.compressed import CompressedTileDataModule
 from npe.config import NPEConfig
@@ -81,10 +81,11 @@ def _check_against(config: NPEConfig, compressor: TrainedCompressor) -> None:
 def read_tiles_of(
     compressor: TrainedCompressor, config: NPEConfig, results_dir: str | Path, device: torch.device
 ) -> SplitTiles:
-    """The data set of stage 1, with its split and normalisation.
+    """The data set of stage 1, with its split and normalisation; --n-sims leaves tiles of two splits out.
 
     Raises:
-        UserError: they are not those that the compressor was trained with, or there are no fiducial tiles.
+        UserError: they are not those that the compressor was trained with, there are no fiducial tiles, or an
+            --n-sims that stage 1's simulations do not allow.
     """
     compressor_run, stage_1 = Path(config.ckpt).parent, compressor.config
     manifest, norm_stats = read_manifest(compressor_run), read_norm_stats(compressor_run)
@@ -107,7 +108,22 @@ def read_tiles_of(
         tiles_on=config.tiles_on,
         batch_size=config.batch_size,
     )
-    return read_tiles(here, device, compressor.model.dtype, manifest, norm_stats)
+    return _with_subset(read_tiles(here, device, compressor.model.dtype, manifest, norm_stats), config.n_sims)
+
+
+def _with_subset(data: SplitTiles, n_sims: int) -> SplitTiles:
+    """The data set whose NPE and test splits have the tiles of n_sims simulations alone (0: all).
+
+    Raises:
+        UserError: more simulations than the compressor's, or so few that a split has no tile.
+    """
+    manifest = data.manifest
+    sim_ids = subset_of(manifest.sim_ids, n_sims, manifest.seed, manifest.fiducial_sim_id)
+    npe_train, test = data.npe_train_ds.of_sims(sim_ids), data.test_ds.of_sims(sim_ids)
+    if not len(npe_train) or not len(test):
+        empty = f"{len(npe_train)} tiles of the NPE split and {len(test)} of the test split"
+        raise UserError(f"--n-sims {n_sims} leaves {empty}; give more")
+    return replace(data, npe_train_ds=npe_train, test_ds=test)
 
 
 def read_calibration_tiles(config: NPEConfig, data: SplitTiles, seen: np.ndarray) -> Tiles | None:

@@ -1,4 +1,4 @@
-"""Both stages over several lmax and seeds: every point a run of its own, and the curve through them."""
+"""Both stages over several lmax, seeds or numbers of simulations: a run for every point, and the curve through them."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +26,16 @@ from data.split import fingerprint_of
 from npe.config import NPEConfig, SweepConfig, SweepRun
 from npe.ensemble import compare
 from npe.fom import scatter
-from npe.pictures import draw_curve
-from npe.result import RESULT_NAME, CurvePoint, FomResult, SweepResult, read_fom_result
+from npe.learning_curve import learning_curves
+from npe.pictures import draw_curve, draw_learning_curves
+from npe.result import RESULT_NAME, CurvePoint, FomResult, LearningCurves, SweepResult, read_fom_result
 from npe.stage import run_npe
 
 Result = TypeVar("Result")
-CURVE_NAME, PICTURE_NAME = "fom_vs_lmax.json", "fom_vs_lmax.png"
+CURVE_NAME, LEARNING_CURVE_NAME = "fom_vs_lmax.json", "learning_curve.json"  # their pictures are *.png
 
 
-def run_sweep(config: SweepConfig, on_checkpoint: Callable[[], None] = lambda: None) -> SweepResult:
+def run_sweep(config: SweepConfig, on_checkpoint: Callable[[], None] = lambda: None) -> SweepResult | LearningCurves:
     """Every point, one after the other, and the curve; UserError if no point succeeded."""
     with exclusive(Path(config.results_dir, SWEEPS, config.name)):
         return _curve(config, [run_point(run, on_checkpoint) for run in config.runs], on_checkpoint)
@@ -44,20 +45,23 @@ def sweep_side_by_side(
     config: SweepConfig,
     on_checkpoint: Callable[[], None],
     run_all: Callable[[str, Sequence[Any]], Iterator[FomResult | Exception]],
-) -> SweepResult:
-    """The same, each point in a container of its own (common/command.py has run_all)."""
-    return _curve(config, list(run_all("npe.sweep.run_point", config.runs)), on_checkpoint)
+) -> SweepResult | LearningCurves:
+    """The same, each point of a round in a container of its own (common/command.py has run_all)."""
+    outcomes = [outcome for runs in config.rounds for outcome in run_all("npe.sweep.run_point", runs)]
+    return _curve(config, outcomes, on_checkpoint)
 
 
 def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -> FomResult | Exception:
-    """Both stages of one point: the result, or what went wrong, since the other points do not depend on it.
+    """Both stages of one point, or stage 2 alone: the result, or what went wrong.
 
-    A finished stage is kept, and an interrupted one resumes.
+    What goes wrong does not stop the other points. A finished stage is kept, and an interrupted one resumes.
     """
     try:
-        compressor, folder = run.compressor(), Path(run.sweep.results_dir, COMPRESSOR_RUNS, run.tag)
+        compressor, folder = run.compressor(), Path(run.sweep.results_dir, COMPRESSOR_RUNS, run.compressor_tag)
         stage_1 = _read(_stage_1, folder / COMPRESSOR_RESULT_NAME, compressor.restart)
         if stage_1 is None or not _is_kept(stage_1, compressor, compressor):
+            if run.stage_2_alone:  # its siblings would train the same one
+                raise UserError(f"it needs stage 1 of {run.compressor_tag}, which failed")
             run_compressor(compressor, on_checkpoint)
         npe, folder = run.npe(str(folder / CHECKPOINT_NAME)), Path(run.sweep.results_dir, NPE_RUNS, run.tag)
         done = _read(read_fom_result, folder / RESULT_NAME, npe.restart)
@@ -124,35 +128,45 @@ def _fingerprints(config: CompressorConfig | NPEConfig, compressor: CompressorCo
 
 def _curve(
     config: SweepConfig, outcomes: list[FomResult | Exception], on_checkpoint: Callable[[], None]
-) -> SweepResult:
-    """Write fom_vs_lmax.json and its picture from the outcome of every run."""
-    by_lmax: dict[int, list[FomResult]] = defaultdict(list)
-    points: list[dict[str, Any]] = []
-    for run, outcome in zip(config.runs, outcomes, strict=True):
-        if isinstance(outcome, Exception):
-            figures: dict[str, Any] = {"error": _in_words(outcome)}
-        else:
-            by_lmax[run.lmax].append(outcome)
-            names = ("fom_fiducial_median", "fom_fiducial_std", "fom_test_median")
-            figures = {name: getattr(outcome, name) for name in names}
-            figures["chi2_per_dof"] = outcome.calibration.chi2_per_dof
-        points.append({"lmax": run.lmax, "seed": run.seed, "tag": run.tag, **figures})
-    if not by_lmax:
+) -> SweepResult | LearningCurves:
+    """Write the curve and its picture from the outcome of every run."""
+    points = [_point(run, outcome) for run, outcome in zip(config.runs, outcomes, strict=True)]
+    failed = [point["tag"] for point in points if "error" in point]
+    if len(failed) == len(points):
         raise UserError(f"no point of the sweep succeeded; the first failed with: {points[0]['error']}")
     folder = Path(config.results_dir, SWEEPS, config.name)
-    result = SweepResult(
-        noise_level=config.noise_level,
-        curve=[combine_seeds(lmax, results) for lmax, results in sorted(by_lmax.items())],
-        points=points,
-        failed=[point["tag"] for point in points if "error" in point],
-        folder=str(folder),
-        versions=versions(),
-    )
     folder.mkdir(parents=True, exist_ok=True)
-    draw_curve(result, folder / PICTURE_NAME)
-    write_json(folder / CURVE_NAME, asdict(result))
+    about: dict[str, Any] = {"noise_level": config.noise_level, "points": points, "failed": failed}
+    about |= {"folder": str(folder), "versions": versions()}
+    result: SweepResult | LearningCurves
+    if config.n_sims:
+        name, result = LEARNING_CURVE_NAME, LearningCurves(curves=learning_curves(points, config.seed), **about)
+        draw_learning_curves(result, (folder / name).with_suffix(".png"))
+    else:
+        by_lmax: dict[int, list[FomResult]] = defaultdict(list)
+        for run, outcome in zip(config.runs, outcomes, strict=True):
+            if not isinstance(outcome, Exception):
+                by_lmax[run.lmax].append(outcome)
+        curve = [combine_seeds(lmax, results) for lmax, results in sorted(by_lmax.items())]
+        name, result = CURVE_NAME, SweepResult(curve=curve, **about)
+        draw_curve(result, (folder / name).with_suffix(".png"))
+    write_json(folder / name, asdict(result))
     on_checkpoint()
     return result
+
+
+def _point(run: SweepRun, outcome: FomResult | Exception) -> dict[str, Any]:
+    """What the curve's file says of a run."""
+    point: dict[str, Any] = {"lmax": run.lmax, "seed": run.seed, "tag": run.tag}
+    if run.n_sims:
+        point |= {"n_sims": run.n_sims, "compressor_n_sims": run.compressor_n_sims}
+    if isinstance(outcome, Exception):
+        return point | {"error": _in_words(outcome)}
+    for name in ("fom_fiducial_median", "fom_fiducial_std", "fom_test_median"):
+        point[name] = getattr(outcome, name)
+    for name in ("chi2_per_dof", "nll", "nll_err") if run.n_sims else ("chi2_per_dof",):
+        point[name] = getattr(outcome.calibration, name)
+    return point
 
 
 def combine_seeds(lmax: int, results: list[FomResult]) -> CurvePoint:

@@ -30,7 +30,7 @@ from data.mock.config import MockConfig
 from data.split import SplitManifest
 from npe.config import NPEConfig, PredictConfig, SweepConfig
 from npe.predict import PredictResult
-from npe.result import FomResult, SweepResult
+from npe.result import FomResult, LearningCurves, SweepResult
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -90,6 +90,7 @@ class Command:
         options = [*self.options, *SMALLER.get(self.script, [])]
         if self.script == "run_sweep.py":
             config = self.config()
+            options += ["--n-sims", "3,4,5,6"] if config.n_sims else []
             for flag, text, stage in (
                 ("--stage-1", config.stage_1, "run_compressor.py"),
                 ("--stage-2", config.stage_2, "run_npe.py"),
@@ -224,6 +225,7 @@ GENERATED = {
     "audit": (Audit, ""),
     "predict.json": (PredictResult, ""),
     "fom_vs_lmax.json": (SweepResult, ""),
+    "learning_curve.json": (LearningCurves, "fom"),
 }
 
 

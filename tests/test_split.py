@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import make_tiles
 
 from common.artifacts import sha256_of_json
 from common.errors import UserError
-from data.split import make_manifest, read_manifest, split_indices, split_keys, write_manifest
+from data.split import make_manifest, read_manifest, split_indices, split_keys, subset_of, write_manifest
 
 # SHA-256 over the keys of every split of 791 simulations at seed 42. A change means that every
 # published manifest and every run that shares one would no longer be reproduced: do not edit.
@@ -61,6 +62,44 @@ def test_another_seed_is_another_split() -> None:
 def test_too_few_tiles_are_refused() -> None:
     with pytest.raises(UserError, match=r"too few for a 5 % test split|too few for a 25 % npe_train"):
         split_keys(all_keys(2)[:3], 42, "tile", 109)
+
+
+def test_subsets_of_the_simulations_nest_and_have_the_fiducial_one() -> None:
+    subsets = [set(subset_of(all_keys()[:, 0], n, 42, 109).tolist()) for n in (1, 100, 200, 400, 791)]
+    assert [len(subset) for subset in subsets] == [1, 100, 200, 400, 791]
+    assert subsets[0] == {109}
+    for smaller, larger in pairwise(subsets):
+        assert smaller < larger
+    assert subsets[1] != set(subset_of(all_keys()[:, 0], 100, 43, 109).tolist())
+    # A subset has its share of every split of the whole, also where whole simulations are split.
+    for split_by in ("tile", "sim"):
+        for name, keys in split_keys(all_keys(), 42, split_by, 109).items():  # type: ignore[arg-type]
+            sims = np.unique(keys[:, 0])
+            share = np.isin(sims, list(subsets[3])).mean()
+            assert share == pytest.approx(400 / 791, abs=0.2) or name == "fiducial"
+
+
+@pytest.mark.parametrize("split_by", ["tile", "sim"])
+def test_a_subset_is_split_as_a_suite_of_these_simulations_and_the_whole_as_ever(split_by: str) -> None:
+    tiles = make_tiles(60, 2, 4)
+    manifest = make_manifest(tiles, 42, split_by, 109, 40)  # type: ignore[arg-type]
+    assert len(manifest.sim_ids) == 40
+    rows = np.isin(tiles.keys[:, 0], subset_of(tiles.keys[:, 0], 40, 42, 109))
+    alone = replace(tiles, kappa=tiles.kappa[rows], keys=tiles.keys[rows], params=tiles.params[rows])
+    assert replace(make_manifest(alone, 42, split_by, 109), fingerprint=manifest.fingerprint) == manifest  # type: ignore[arg-type]
+    whole = make_manifest(tiles, 42, split_by, 109)  # type: ignore[arg-type]
+    assert make_manifest(tiles, 42, split_by, 109, 60).sha256 == whole.sha256  # type: ignore[arg-type]
+
+
+def test_subsets_without_sense_are_refused() -> None:
+    tiles = make_tiles(60, 2, 4)
+    for n_sims, fiducial, message in (
+        (61, 109, "--n-sims 61: there are 60 simulations"),
+        (20, 999, "--n-sims 20: the fiducial simulation 999, which is in every subset, is not among the tiles"),
+        (1, 109, "0 tiles beside the fiducial simulation are too few"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_manifest(tiles, 42, "tile", fiducial, n_sims)
 
 
 def test_manifest_survives_the_disk_and_refuses_edits(tmp_path: Path) -> None:

@@ -1,21 +1,26 @@
-"""The Figure of Merit against lmax, over seeds."""
+"""The Figure of Merit against lmax, over seeds, and against the number of simulations."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import SMALL_LMAX, SMALL_SUITE
 
+from common.command import function_named
 from common.errors import UserError
 from common.options import parse_args
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
-from npe.config import SweepConfig
+from data.split import read_manifest, subset_of
+from npe.config import SweepConfig, SweepRun
+from npe.result import FomResult
+from npe.sweep import sweep_side_by_side
 
 OTHER_LMAX = 24  # 16 x 16 pixels as well
 STAGE_1 = "--backbone tiny --max-epochs 2 --batch-size 64 --warmup-steps 10 --device cpu"
@@ -62,6 +67,90 @@ def test_a_sweep_draws_its_curve_skips_what_is_finished_and_survives_a_failed_po
     assert "--max-epochs 3 there, 4 here" in err
 
 
+def test_a_learning_curve_trains_every_point_once_and_says_what_twice_as_many_would_give(
+    tmp_path: Path, run_command: Callable
+) -> None:
+    for fresh in (False, True):
+        build_suite(MockConfig(results_dir=str(tmp_path), fresh=fresh, **SMALL_SUITE))
+    options = ["--results-dir", tmp_path, "--lmax", SMALL_LMAX, "--seeds", 1, "--noise-level", "noiseless"]
+    options += [
+        "--stage-1",
+        STAGE_1,
+        "--stage-2",
+        f"{STAGE_2} --calibration-tiles {tmp_path}/fresh_tiles/lmax_{{lmax}}",
+    ]
+    options[-1] += "_{noise_level}"
+
+    def sweep(*numbers: int) -> tuple[str, dict[str, Any]]:
+        code, out, err = run_command("run_sweep.py", *options, "--n-sims", ",".join(map(str, numbers)))
+        assert code == 0, err
+        return out, json.loads((tmp_path / "sweeps/sweep/learning_curve.json").read_text())
+
+    out, result = sweep(12, 20, 40, 61)  # one more than there are
+    name = f"sweep_lmax{SMALL_LMAX}_seed42"
+    assert result["failed"] == [f"{name}_n61", *(f"{name}_n61_npe{n}" for n in (12, 20, 40))]
+    assert "--n-sims 61: there are 60 simulations" in out
+    assert f"{name}_n61_npe12: it needs stage 1 of {name}_n61, which failed" in out
+    assert "both stages: no curve, since 3 numbers of simulations have a run that succeeded" in out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*result.json")}
+    assert len(before) == 6
+
+    out, result = sweep(12, 20, 40, 60)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*result.json")}
+    assert len(made) == 6 + 2 + 3
+    assert made.items() > before.items()  # what was finished is kept
+    assert result["failed"] == []
+    both, alone = result["curves"]
+    assert (sorted(both["n_sims"]), sorted(alone["n_sims"])) == ([12, 20, 40, 60], [12, 20, 40, 60])
+    for n, of_compressor in [(n, n) for n in (12, 20, 40, 60)] + [(n, 60) for n in (12, 20, 40)]:
+        tag = f"{name}_n{of_compressor}" + (f"_npe{n}" if n != of_compressor else "")
+        run = json.loads((tmp_path / "field_npe_runs" / tag / "fom_result.json").read_text())
+        assert run["compressor_checkpoint"] == f"{name}_n{of_compressor}/best.ckpt"
+        manifest = read_manifest(tmp_path / "field_compressor_runs" / f"{name}_n{of_compressor}")
+        assert len(manifest.sim_ids) == of_compressor
+        sims = subset_of(manifest.sim_ids, n, 42, 109)  # every seed has a split of its own: the first is 42
+        splits = [sum(key[0] in sims for key in manifest.splits[split]) for split in ("npe_train", "test")]
+        assert [run["npe"]["n_train_tiles"], run["npe"]["n_test_tiles"]] == splits
+        curve = both if n == of_compressor else alone
+        assert curve["nll_of_runs"][curve["n_sims"].index(n)] == run["calibration"]["nll"]
+        assert curve["fom_of_runs"][curve["n_sims"].index(n)] == run["fom_fiducial_median"]
+    assert both["nll_of_runs"][both["n_sims"].index(60)] == alone["nll_of_runs"][alone["n_sims"].index(60)]
+    for curve in (both, alone):
+        fom = curve["fom"]
+        line = f"{curve['stages']}: twice as many simulations (120): FoM {fom['at_twice']:.0f} +- "
+        assert line + f"{fom['at_twice_err']:.0f} instead of {fom['at_largest']:.0f} +- " in out
+    assert (tmp_path / "sweeps/sweep/learning_curve.png").stat().st_size > 10_000
+
+    again, same = sweep(12, 20, 40, 60)
+    assert (again, same) == (out, result)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+    # Side by side, the points of a round in any order, and a round after the other.
+    rounds: list[list[str]] = []
+
+    def run_all(function: str, runs: Sequence[SweepRun]) -> Iterator[FomResult | Exception]:
+        rounds.append([run.tag for run in runs])
+        found = {run.tag: function_named(function)(run) for run in reversed(runs)}
+        return (found[run.tag] for run in runs)
+
+    config = parse_args(SweepConfig, [*map(str, options), "--n-sims", "12,20,40,60"])
+    assert asdict(sweep_side_by_side(config, lambda: None, run_all)) == result
+    assert [len(tags) for tags in rounds] == [4, 3]
+
+
+def test_the_seeds_of_a_learning_curve_have_their_own_subsets_and_its_rounds_can_run_side_by_side() -> None:
+    config = SweepConfig(lmax="200", n_sims="400,100,200,791", seeds=2, stage_2="--calibration-tiles fresh")
+    both, alone = config.rounds
+    assert [run.n_sims for run in both] == [791, 100, 200, 400] * 2
+    assert [run.compressor().split_seed for run in both] == [42] * 4 + [43] * 4
+    assert len({run.compressor_tag for run in both}) == len({run.tag for run in config.runs[:8]}) == 8
+    assert {run.compressor_tag for run in alone} <= {run.compressor_tag for run in both}  # nothing that is not there
+    assert [run.npe("x").n_sims for run in config.runs] == [0] * 8 + [100, 200, 400] * 2
+    assert {run.compressor().n_sims for run in alone} == {791}
+    (plain,) = SweepConfig(lmax="200", seeds=1, stage_1="--n-sims 100 --split-seed 1").rounds[0]
+    assert (plain.compressor().n_sims, plain.npe("x").n_sims, plain.tag) == (100, 0, "sweep_lmax200_seed42")
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -72,6 +161,13 @@ def test_a_sweep_draws_its_curve_skips_what_is_finished_and_survives_a_failed_po
         ({"name": "../x"}, "--name"),
         ({"name": ""}, "--name"),
         ({"stage_1": "--weight-decay inf"}, "--weight-decay is inf; it must be at least 0, and finite"),
+        ({"n_sims": "100,200,many"}, "--n-sims '100,200,many' is not a list"),
+        ({"n_sims": "0,100,200,400"}, "--n-sims is 0; it must be positive"),
+        ({"n_sims": "100,200,400,400"}, "--n-sims '100,200,400,400': a learning curve needs 4 numbers"),
+        ({"n_sims": "1,2,3,4"}, r"--calibration-tiles in the quotes of --stage-2 \(python run_mock.py --fresh"),
+        ({"n_sims": "1,2,3,4", "stage_1": "--n-sims 3"}, "--n-sims is the sweep's own"),
+        ({"n_sims": "1,2,3,4", "stage_1": "--split-seed 3"}, "--split-seed is the sweep's own"),
+        ({"n_sims": "1,2,3,4", "stage_2": "--n-sims 3"}, "--n-sims is the sweep's own"),
     ],
 )
 def test_senseless_sweeps_are_refused_before_anything_runs(options: dict[str, str], named: str | None) -> None:

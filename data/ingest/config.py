@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from common.errors import UserError
 from common.options import SeedOptions, option
-from data.config import NoiseLevel, lmax_list
+from data.config import NoiseLevel, number_list
 
 SkyGeometry = Literal["disjoint", "published"]
 Ordering = Literal["auto", "RING", "NEST"]
@@ -51,7 +51,7 @@ class IngestConfig(SeedOptions):
         levels, known = [level.strip() for level in self.noise_level.split(",")], get_args(NoiseLevel)
         if unknown := [level for level in levels if level not in known]:
             raise UserError(f"--noise-level {unknown[0]!r} is not in {', '.join(known)}; several go with commas")
-        return [(lmax, level) for lmax in lmax_list(self.lmax) for level in dict.fromkeys(levels)]
+        return [(lmax, level) for lmax in number_list("--lmax", self.lmax) for level in dict.fromkeys(levels)]
 
     @property
     def sim_list(self) -> list[int]:
