@@ -103,7 +103,8 @@ def _is_kept(
         UserError: the options or the data are others, and not --restart.
     """
     differs = difference(identity(type(config), result.config), identity(type(config), asdict(config)))
-    differs = differs or difference(result.fingerprints, _fingerprints(config, compressor))
+    start = {"init_from": result.init_from} if isinstance(result, CompressorResult) else {}
+    differs = differs or difference(result.fingerprints | start, _fingerprints(config, compressor))
     if differs and not config.restart:
         cure = "give the same, --restart in the quotes, or another --name"
         raise UserError(f"{result.folder} was made from others ({differs}); {cure}")
@@ -111,13 +112,16 @@ def _is_kept(
 
 
 def _fingerprints(config: CompressorConfig | NPEConfig, compressor: CompressorConfig) -> dict[str, str | None]:
-    """Of the tiles that a stage would read now, as its result has them."""
+    """Of the tiles that a stage would read now, and of the weights that it would start from, as its result has them."""
     lmax, level = compressor.lmax, compressor.noise_level
     tiles = tiles_folder(config.tiles_dir or compressor.tiles_dir, config.results_dir, lmax, level)
     folders = {"tiles": str(tiles), "noiseless_tiles": config.noiseless_tiles or compressor.noiseless_tiles}
+    found: dict[str, str | None] = {}
     if isinstance(config, NPEConfig):
         folders["calibration_tiles"] = config.calibration_tiles
-    found: dict[str, str | None] = dict.fromkeys(folders)
+    else:
+        found["init_from"] = sha256_of_file(Path(config.init_from)) if config.init_from else None
+    found |= dict.fromkeys(folders)
     for name, folder in folders.items():
         if folder:
             noise = NOISELESS if name == "noiseless_tiles" else level

@@ -200,8 +200,10 @@ def test_a_point_is_finished_only_for_the_same_data_and_compressor_and_without_r
     first = result()
     assert sweep(f"--tiles-dir {folders['one']}")[0] == 0
     assert result() == first
+    start = tmp_path / f"field_compressor_runs/sweep_lmax{SMALL_LMAX}_seed42/best.ckpt"
     for stage_1, stage_2, named in (
         (f"--tiles-dir {folders['other']}", "", "--tiles "),
+        (f"--tiles-dir {folders['one']} --init-from {start}", "", "--init-from None there"),
         (f"--tiles-dir {folders['one']} --noiseless-tiles {folders['one']}", "", "--noiseless-tiles None there"),
         (f"--tiles-dir {folders['one']}", f"--noiseless-tiles {folders['one']}", "--noiseless-tiles None there"),
         (f"--tiles-dir {folders['one']}", f"--calibration-tiles {folders['fresh']}", "--calibration-tiles None there"),
