@@ -8,7 +8,7 @@ from compress.power import features_of_powers
 from data.band_limit import RESOLVED
 from data.spectra import spectra_of
 
-N_BANDS = 24  # of equal width, up to what the pixels resolve
+N_BANDS = 8  # of equal width, up to what the pixels resolve; with 24 the MLP learns the training tiles by heart
 
 
 class BandPowers(nn.Module):
@@ -24,5 +24,5 @@ class BandPowers(nn.Module):
 
     def forward(self, kappa: torch.Tensor) -> torch.Tensor:
         with autocast(kappa.device, torch.float32):  # bf16 has no digits for a Fourier transform
-            powers = spectra_of(kappa, RESOLVED * kappa.shape[-1], N_BANDS)  # (B, n_powers)
+            powers = spectra_of(kappa, RESOLVED * kappa.shape[-1], N_BANDS, tapered=False)  # (B, n_powers)
         return self.mlp(powers)

@@ -50,7 +50,7 @@ def look_at(dataset: CompressedTileDataset, lmax: int, batch_size: int) -> tuple
         for positions in torch.arange(len(dataset)).split(batch_size):
             kappa, _ = dataset.tiles.__getitems__(positions)  # (B, n_bins, N, N)
             summaries.append(dataset.compress(kappa).float().cpu())
-            spectra.append(spectra_of(kappa, lmax, N_BANDS).cpu())
+            spectra.append(spectra_of(kappa, lmax, N_BANDS, tapered=True).cpu())
             progress.advance(len(positions))
     return torch.cat(summaries).double().numpy(), torch.cat(spectra).double().numpy()
 

@@ -119,7 +119,9 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def looks(kappa: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return spectra_of(torch.from_numpy(np.ascontiguousarray(kappa / scale)), LMAX, N_BANDS).double().numpy()
+    return (
+        spectra_of(torch.from_numpy(np.ascontiguousarray(kappa / scale)), LMAX, N_BANDS, tapered=True).double().numpy()
+    )
 
 
 def stripes(kappa: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -168,14 +170,14 @@ def test_spectra_of_white_noise_are_its_variance_and_blind_to_symmetries() -> No
     generator = torch.Generator().manual_seed(0)
     tiles = torch.randn(400, 4, 32, 32, generator=generator) * torch.tensor([1.0, 2.0, 0.5, 1.0])[:, None, None]
     tiles[:, 3] = (tiles[:, 3] + tiles[:, 0]) / np.sqrt(2)
-    found = spectra_of(tiles, 64, N_BANDS)
+    found = spectra_of(tiles, 64, N_BANDS, tapered=True)
     power = found[:, : 4 * (N_BANDS + 1)].exp().mean(dim=0).reshape(4, N_BANDS + 1)
     assert torch.allclose(power, torch.tensor([1.0, 4.0, 0.25, 1.0])[:, None].expand(4, N_BANDS + 1), rtol=0.08)
     correlation = found[:, 4 * (N_BANDS + 1) :].tanh().mean(dim=0).reshape(6, N_BANDS)
     expected = torch.tensor([0, 0, np.sqrt(0.5), 0, 0, 0]).float()  # pairs 01, 02, 03, 12, 13, 23
     assert (correlation - expected[:, None]).abs().max() < 0.06
     for turned in (tiles.rot90(1, (2, 3)).roll(1, 2), tiles.flip(3).roll(1, 3)):  # Hann begins at its zero
-        assert torch.allclose(spectra_of(turned, 64, N_BANDS), found, atol=1e-3)
+        assert torch.allclose(spectra_of(turned, 64, N_BANDS, tapered=True), found, atol=1e-3)
 
 
 # ---------------------------------------------------------------- refusals
