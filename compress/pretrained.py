@@ -30,12 +30,10 @@ class Pretrained:
 
     def give_weights(self, model: FieldLevelCompressor) -> None:
         """Copy all weights; those of the loss only if it is the same."""
-        ours, theirs = model.state_dict(), self.compressor.model.state_dict()
-        of_loss = [name for name in ours if name.startswith("loss.")]
-        if any(name not in theirs or theirs[name].shape != ours[name].shape for name in of_loss):
-            theirs = {name: weights for name, weights in theirs.items() if not name.startswith("loss.")}
-            theirs |= {name: ours[name] for name in of_loss}
-        model.load_state_dict(theirs)
+        other = self.compressor.model
+        same_loss = type(other.loss) is type(model.loss)
+        taken = {k: v for k, v in other.state_dict().items() if same_loss or not k.startswith("loss.")}
+        model.load_state_dict(model.state_dict() | taken)
 
     def seen_with(self, data: SplitTiles) -> SplitTiles:
         """The data, whose `seen` now also has what the pretraining saw.

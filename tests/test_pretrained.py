@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_LMAX, SMALL_SUITE
+from conftest import SMALL_LMAX, SMALL_SUITE, make_tiles, write_tiles
 
 from common import interrupt
 from common.errors import UserError
@@ -71,6 +71,7 @@ def test_a_run_begins_with_the_estimates_of_the_other_in_physical_units(
         summary = predict(load_compressor(folder / "best.ckpt", CPU, "float32").model, data.test_ds, 100)
         estimates.append(norm_stats.physical_theta(summary.double().numpy()))
     np.testing.assert_allclose(*estimates, atol=0.01)
+    run_compressor(config_of(results, init_from=f"{found.folder}/best.ckpt", max_epochs=1, tag="from either loss"))
     scratch = run_compressor(config_of(results, learning_rate=1e-12, weight_decay=0.0))
     assert found.val_mse < 0.8 * scratch.val_mse  # what it took over is worth something on these tiles
 
@@ -128,6 +129,8 @@ def test_a_start_that_does_not_fit_costs_one_line(
     assert "--backbone spectra, this run power; give the same" in refused("--init-from", start, "--backbone", "power")
     assert "--params Omega_m,S8, this run S8,Omega_m" in refused("--init-from", start, "--params", "S8,Omega_m")
     assert "does not exist" in refused("--init-from", results / "best.ckpt")
+    write_tiles(results / "three", make_tiles(40, 16, SMALL_LMAX, noise_level="noiseless", n_bins=3), 480)
+    assert "has 4 bins and 2 parameters, the tiles 3" in refused("--init-from", start, "--tiles-dir", results / "three")
     moved = shutil.copytree(cheap.folder, results / "moved")
     stats = moved / "norm_stats.json"
     stats.write_text(stats.read_text().replace('"theta_mean": [\n    0.', '"theta_mean": [\n    1.'))
