@@ -35,6 +35,7 @@ FIRST_SEED = 42  # of the trainings
 EPOCHS, DECAY = 20, 5  # of --recipe laptop, for all dear simulations
 LOSS = "--recipe laptop --loss nll"
 FINE_TUNED = "--learning-rate 2e-3"  # a quarter of the recipe's peak
+STAGE_2 = "--hidden-layers 0 --learning-rate 0.01"  # two hidden layers are too many for 150 tiles
 STARTS = {"scratch": ("", BLUE), "pretrained": (FINE_TUNED, ORANGE)}
 
 
@@ -51,7 +52,7 @@ def pretrain(results: Path) -> Path:
 def figures_of(results: Path, n_sims: int, start: str, init_from: Path, seed: int) -> list[float]:
     """NLL and chi2/dof on the fresh simulations, and FoM, of a pair of runs, which are made if need be."""
     tag = f"{start}_{n_sims}_{seed}"
-    compressor_run, npe_run = results / COMPRESSOR_RUNS / tag, results / NPE_RUNS / tag
+    compressor_run, npe_run = results / COMPRESSOR_RUNS / tag, results / NPE_RUNS / f"{tag}_affine"
     more = N_DEAR[-1] / n_sims
     options = (
         f"{LOSS} --max-epochs {EPOCHS * more:.0f} --patience {EPOCHS * more:.0f} --decay-epochs {DECAY * more:.0f}"
@@ -64,7 +65,10 @@ def figures_of(results: Path, n_sims: int, start: str, init_from: Path, seed: in
         )
     if not (npe_run / NPE_RESULT_NAME).exists():
         fresh = tiles_folder("", results, LMAX, NOISE_LEVEL, fresh=True)
-        run(f"run_npe.py --ckpt {compressor_run / CHECKPOINT_NAME} --calibration-tiles {fresh} --seed {seed}")
+        run(
+            f"run_npe.py --ckpt {compressor_run / CHECKPOINT_NAME} --calibration-tiles {fresh} {STAGE_2} --seed {seed} "
+            f"--tag {npe_run.name}"
+        )
     result = read_fom_result(npe_run)
     return [result.calibration.nll, result.calibration.chi2_per_dof, result.fom_fiducial_median]
 

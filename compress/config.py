@@ -12,8 +12,8 @@ from data.schema import FOM_PARAMS, PARAM_NAMES
 
 Loss = Literal["mse", "nll"]
 Backbone = Literal[
-    "efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "tiny", "power", "spectra",
-    "efficientnet_v2_s+power", "efficientnet_b0+power", "efficientnet_b2+power", "tiny+power",
+    "efficientnet_v2_s", "efficientnet_b0", "efficientnet_b2", "tiny", "spectra", "power", "moments",
+    "efficientnet_v2_s+moments", "efficientnet_b0+moments", "efficientnet_b2+moments", "tiny+moments",
 ]  # fmt: skip
 
 # Named sets of options for --recipe; the defaults below are the mission's recipe. docs/recipes.md has the evidence.
@@ -47,7 +47,8 @@ class CompressorConfig(SplitOptions, TrainingOptions):
     params: str = option(",".join(FOM_PARAMS), "parameters to infer, columns of the shards", in_tag=True)
     loss: Loss = option("mse", "mean squared error, or a Gaussian's negative log-likelihood; best weights by it too")
     backbone: Backbone = option(
-        "efficientnet_v2_s", "network; tiny for laptops, power has learned power spectra alone, spectra has fixed bands"
+        "efficientnet_v2_s",
+        "network; tiny for laptops, moments has learned second and third moments, power and spectra second",
     )
     init_from: str = option("", "best.ckpt of another run, to start from its weights and in its units", path=True)
     max_epochs: int = option(500, "train at most so many epochs", above=0)

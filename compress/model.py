@@ -54,13 +54,14 @@ def _tiny() -> EfficientNet:
 
 def _backbone(name: Backbone, n_bins: int) -> tuple[nn.Module, nn.Module, int]:
     """The layers that make features of a tile, their pooling, and the number of features."""
-    if name == "power":
-        return PowerFilters(n_bins), nn.Identity(), HIDDEN
+    if "+" in name:
+        parts = [_backbone(cast(Backbone, part), n_bins) for part in name.split("+")]
+        networks = (nn.Sequential(features, pool) for features, pool, _ in parts)
+        return SideBySide(*networks), nn.Identity(), sum(n for *_, n in parts)
+    if name in ("power", "moments"):
+        return PowerFilters(n_bins, skewness=name == "moments"), nn.Identity(), HIDDEN
     if name == "spectra":
         return BandPowers(n_bins), nn.Identity(), HIDDEN
-    if name.endswith("+power"):
-        deep, pool, n_deep = _backbone(cast(Backbone, name.removesuffix("+power")), n_bins)
-        return SideBySide(nn.Sequential(deep, pool), PowerFilters(n_bins)), nn.Identity(), n_deep + HIDDEN
     network = _tiny() if name == "tiny" else getattr(torchvision.models, name)(weights=None)
     network.features[0][0] = _conv_for_bins(network.features[0][0], n_bins)
     return network.features, network.avgpool, network.classifier[-1].in_features

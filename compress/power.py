@@ -1,4 +1,4 @@
-"""PowerFilters: a network that sees a tile's power spectra and nothing else."""
+"""PowerFilters: a network that sees a tile's power spectra and nothing else, or these and third moments."""
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ class SymmetricConv2d(nn.Conv2d):
 
 
 def features_of_powers(n_powers: int) -> nn.Sequential:
-    """A small network from logarithms of powers (B, n_powers) to features (B, HIDDEN)."""
+    """A small network from logarithms of powers, or the like, (B, n_powers) to features (B, HIDDEN)."""
     return nn.Sequential(
         nn.BatchNorm1d(n_powers), nn.Linear(n_powers, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU()
     )
@@ -35,29 +35,34 @@ class PowerFilters(nn.Module):
     At each of five scales, every one half as fine as the one before, linear filters mix the bins, and their responses
     are squared and averaged. These are auto- and cross-spectra in bands; the bands and the mixtures are learned. Their
     logarithms go through a small MLP. A Gaussian field on a periodic tile has no other information, and there is much
-    less to learn than for a deep network; it sees little of what is non-Gaussian. The filters have the symmetries of
-    the square, so that turning or flipping a tile changes nothing.
+    less to learn than for a deep network. With `skewness` there is also the mean cube of every response, over its power
+    to 3/2: third moments of filtered maps, auto and cross, which tell cosmologies of one spectrum apart. The filters
+    have the symmetries of the square, so that turning or flipping a tile changes nothing.
     """
 
-    def __init__(self, n_bins: int) -> None:
+    def __init__(self, n_bins: int, skewness: bool = False) -> None:
         super().__init__()
+        self.skewness = skewness
         self.filters = nn.ModuleList(
             SymmetricConv2d(n_bins, FILTERS_PER_SCALE, FILTER_WIDTH, bias=False) for _ in range(N_SCALES)
         )
-        self.mlp = features_of_powers(N_SCALES * FILTERS_PER_SCALE)
+        self.mlp = features_of_powers((1 + skewness) * N_SCALES * FILTERS_PER_SCALE)
 
     def forward(self, kappa: torch.Tensor) -> torch.Tensor:
         if (side := kappa.shape[-1]) < SMALLEST_SIDE:
-            needs = f"--backbone power needs tiles of {SMALLEST_SIDE} pixels a side or more"
-            raise UserError(f"{needs}, these have {side}; give another --backbone")
-        log_powers = []
+            needs = f"--backbone power and moments need tiles of {SMALLEST_SIDE} pixels a side or more"
+            raise UserError(f"{needs}, these have {side}; give another one")
+        moments = []
         for number, filters in enumerate(self.filters):
             if number:
                 kappa = _halved(kappa)  # (B, n_bins, N / 2^number, N / 2^number)
             response = filters(_wrapped(kappa, FILTER_WIDTH // 2, FILTER_WIDTH // 2))
             response = response.to(torch.promote_types(response.dtype, torch.float32))  # bf16 has no digits for a mean
-            log_powers.append(torch.log(response.square().mean(dim=(2, 3)) + SOFTENING))  # (B, FILTERS_PER_SCALE)
-        return self.mlp(torch.cat(log_powers, dim=1))
+            power = response.square().mean(dim=(2, 3)) + SOFTENING  # (B, FILTERS_PER_SCALE)
+            moments.append(power.log())
+            if self.skewness:
+                moments.append(response.pow(3).mean(dim=(2, 3)) / power**1.5)
+        return self.mlp(torch.cat(moments, dim=1))
 
 
 def _wrapped(kappa: torch.Tensor, before: int, after: int) -> torch.Tensor:

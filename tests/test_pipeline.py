@@ -251,7 +251,7 @@ def test_a_backbone_that_needs_larger_tiles_says_so(small_suite: Path, tmp_path:
     copy_tiles(small_suite, tmp_path)
     code, _, err = run_command("run_compressor.py", "--results-dir", tmp_path, *STAGE_1, "--backbone", "power")
     assert code == 2
-    assert "--backbone power needs tiles of 32 pixels" in err.splitlines()[-1]
+    assert "--backbone power and moments need tiles of 32 pixels" in err.splitlines()[-1]
     assert not list((tmp_path / "field_compressor_runs").glob("*/*"))
 
 
@@ -288,8 +288,8 @@ def test_backbones_take_any_bins_and_every_parameter_gets_a_gradient(
 
 def test_networks_side_by_side_are_each_of_them_where_the_other_is_switched_off() -> None:
     torch.manual_seed(0)
-    both, kappa = FieldLevelCompressor("tiny+power", 4, 2).eval(), torch.randn(3, 4, 64, 64)
-    for k, name in enumerate(("tiny", "power")):
+    both, kappa = FieldLevelCompressor("tiny+moments", 4, 2).eval(), torch.randn(3, 4, 64, 64)
+    for k, name in enumerate(("tiny", "moments")):
         alone = FieldLevelCompressor(name, 4, 2).eval()
         features = nn.Sequential(alone.features, alone.pool)
         features.load_state_dict(

@@ -1,4 +1,4 @@
-"""The power backbone sees power spectra and nothing else, on the full grid and on the halved ones."""
+"""The power backbone sees power spectra and nothing else, on all its grids; moments sees third moments as well."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def random_phases(generator: torch.Generator) -> torch.Tensor:
     return modes / modes.abs()
 
 
-def log_powers(tile: torch.Tensor) -> torch.Tensor:
-    """What goes into the MLP, (N_SCALES * FILTERS_PER_SCALE,)."""
+def log_powers(tile: torch.Tensor, skewness: bool = False) -> torch.Tensor:
+    """What goes into the MLP, (N_SCALES * FILTERS_PER_SCALE,), twice as many with skewness."""
     torch.manual_seed(0)
-    network = PowerFilters(n_bins=4).double().eval()
+    network = PowerFilters(4, skewness).double().eval()
     seen = []
     network.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
@@ -59,3 +59,16 @@ def test_turns_and_flips_change_nothing() -> None:
     for turns in range(4):
         for flipped in (tile, tile.flip(1)):
             torch.testing.assert_close(log_powers(flipped.rot90(turns, (1, 2))), original, rtol=1e-8, atol=1e-8)
+
+
+def test_third_moments_change_sign_with_the_tile_and_vanish_without_its_phases() -> None:
+    generator = torch.Generator().manual_seed(4)
+    gaussian = torch.randn(4, NSIDE, NSIDE, generator=generator, dtype=torch.float64)
+    skewed = gaussian.exp() - gaussian.exp().mean()
+    random = torch.fft.irfft2(torch.fft.rfft2(skewed) * random_phases(generator))
+    of_skewed, of_turned, of_random = (
+        log_powers(tile, skewness=True).reshape(N_SCALES, 2, FILTERS_PER_SCALE) for tile in (skewed, -skewed, random)
+    )
+    torch.testing.assert_close(of_turned * torch.tensor([1, -1])[:, None], of_skewed, rtol=1e-8, atol=1e-8)
+    # At full resolution, which has enough pixels: measured 0.39 and 0.057, of which 0.04 is the sampling of 4096 pixels.
+    assert of_skewed[0, 1].abs().mean() > 5 * of_random[0, 1].abs().mean()
