@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from benchmarks.compare import NOISE_LEVEL, mean_with_error
+from benchmarks.compare import NOISE_LEVEL, figures_on_fresh, mean_with_error
 from benchmarks.leakage import run
 from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, tiles_folder, write_json
 from common.figures import BLUE, ORANGE, figure
@@ -50,7 +50,7 @@ def pretrain(results: Path) -> Path:
 
 
 def figures_of(results: Path, n_sims: int, start: str, init_from: Path, seed: int) -> list[float]:
-    """NLL and chi2/dof on the fresh simulations, and FoM, of a pair of runs, which are made if need be."""
+    """NLL, chi2/dof and FoM by the fresh simulations of a pair of runs, which are made if need be."""
     tag = f"{start}_{n_sims}_{seed}"
     compressor_run, npe_run = results / COMPRESSOR_RUNS / tag, results / NPE_RUNS / f"{tag}_affine"
     more = N_DEAR[-1] / n_sims
@@ -69,13 +69,12 @@ def figures_of(results: Path, n_sims: int, start: str, init_from: Path, seed: in
             f"run_npe.py --ckpt {compressor_run / CHECKPOINT_NAME} --calibration-tiles {fresh} {STAGE_2} --seed {seed} "
             f"--tag {npe_run.name}"
         )
-    result = read_fom_result(npe_run)
-    return [result.calibration.nll, result.calibration.chi2_per_dof, result.fom_fiducial_median]
+    return figures_on_fresh(read_fom_result(npe_run))
 
 
 def table(found: dict[str, np.ndarray]) -> str:
     """A row per number of simulations, from the figures (n_numbers, n_seeds, 3) of each start."""
-    columns = [f"{name}, {start}" for name in ("NLL", "chi2/dof", "FoM") for start in found]
+    columns = [f"{name}, {start}" for name in ("NLL", "chi2/dof", "FoM, recalibrated") for start in found]
     rows = [f"| simulations | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
     for i, n in enumerate(N_DEAR):
         cells = [mean_with_error(figures[i, :, k], (3, 2, 0)[k]) for k in range(3) for figures in found.values()]
@@ -92,7 +91,9 @@ def enough(found: dict[str, np.ndarray]) -> float:
 def draw(found: dict[str, np.ndarray], path: Path) -> None:
     """NLL, chi2/dof and FoM against the number of simulations."""
     with figure(path, 11.4, 3.6) as drawn:
-        for axes, k, name in zip(drawn.subplots(1, 3), range(3), ("NLL, fresh", "chi2/dof, fresh", "FoM"), strict=True):
+        for axes, k, name in zip(
+            drawn.subplots(1, 3), range(3), ("NLL, fresh", "chi2/dof, fresh", "FoM, recalibrated"), strict=True
+        ):
             for start, figures in found.items():
                 mean, error = figures[..., k].mean(axis=1), np.ptp(figures[..., k], axis=1) / 2
                 axes.errorbar(N_DEAR, mean, error, fmt="o-", color=STARTS[start][1], label=start)
