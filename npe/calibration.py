@@ -30,21 +30,19 @@ def calibrate(
     """Compare the posteriors of n tiles with the truth theta (n, d), with errors from a bootstrap over sim_id (n,).
 
     For a Gaussian posterior the credible region of level p is d2 <= chi2.ppf(p), so expected coverage and the
-    distribution of d2 are two views of one thing. `fom` is the run's Figure of Merit; `tiles` and `optimistic` are
-    handed on to the result.
+    distribution of d2 are two views of one thing. `fom` is the run's; `tiles` and `optimistic` go into the result.
     """
     d = theta.shape[1]
     z, d2 = (posterior.mu - theta) / posterior.sigma, squared_distances(posterior, theta)  # (n, d), (n,)
     inside = d2[:, None] <= chi2.ppf(LEVELS, df=d)  # (n, n_levels)
 
-    # Everything below is a mean over tiles, so a resample of simulations only needs sums per simulation.
+    # Everything below is a mean over tiles: a resample needs a simulation's sums, and how often it is drawn.
     columns = np.column_stack([np.ones(len(d2)), z, z**2, d2, posterior.nll(theta), inside])  # (n, n_columns)
     sims, group = np.unique(sim_id, return_inverse=True)
     sums = np.zeros((len(sims), columns.shape[1]))
     np.add.at(sums, group, columns)
-    counts = rng.multinomial(len(sims), np.full(len(sims), 1 / len(sims)), size=N_BOOTSTRAP)  # how often each is drawn
-    resampled = counts @ sums  # (N_BOOTSTRAP, n_sims) @ (n_sims, n_columns)
-    parts = [d, 2 * d, 2 * d + 1, 2 * d + 2]
+    resampled = rng.multinomial(len(sims), np.full(len(sims), 1 / len(sims)), size=N_BOOTSTRAP) @ sums
+    parts = d, 2 * d, 2 * d + 1, 2 * d + 2
     z_mean, z_square, mean_d2, nll, coverage = np.split(columns[:, 1:].mean(axis=0), parts)
     b_z_mean, b_z_square, b_mean_d2, b_nll, b_coverage = np.split(resampled[:, 1:] / resampled[:, :1], parts, axis=1)
     chi2_per_dof, error = float(mean_d2[0] / d), float(b_mean_d2.std() / d)
