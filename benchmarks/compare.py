@@ -3,13 +3,12 @@
 python benchmarks/compare.py "--recipe laptop" "--recipe laptop --loss nll"
 python benchmarks/compare.py --lmax 200 --seeds 1 "--backbone power" "--backbone tiny"
 
-(--noiseless-tiles build/compare/791/tiles/lmax_100_noiseless is made if one of them asks for it.)
 Every argument is one set of options of run_compressor.py. Both stages run with each of them on the lognormal suite, and
 the posterior is evaluated on fresh simulations from the same prior. Prints, as a mean over seeds with its error, the
 negative log-likelihood of (Omega_m, S8) there, its difference to the first set with the same seed, chi2/dof there, the
 run's Figure of Merit with every covariance chi2/dof times as large, its ratio to that of the first set, and the time of
-both stages. A finished run is not
-repeated, so several of these commands may share the work.
+both stages. A finished run is not repeated. If a set has --noiseless-tiles, the suite is also made without noise, in
+build/compare/791/tiles/lmax_100_noiseless with the defaults.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from compress.model import CHECKPOINT_NAME
 from compress.result import RESULT_NAME, CompressorResult
 from data.schema import NOISELESS
 from npe.result import RESULT_NAME as NPE_RESULT_NAME
-from npe.result import FomResult, read_fom_result
+from npe.result import read_fom_result
 
 NOISE_LEVEL = "des_y3"
 HEADER = "options of stage 1 | fresh NLL | - first | chi2/dof | FoM, recalibrated | / first | minutes"
@@ -43,9 +42,8 @@ def name_of(words: str) -> str:
     return re.sub(r"[^\w.+]+", "_", words).strip("_")
 
 
-def figures_of(options: str, seed: int, lmax: int, stage_2: str, results: Path) -> list[float]:
+def figures_of(results: Path, tag: str, lmax: int, options: str, stage_2: str, seed: int) -> list[float]:
     """NLL, chi2/dof and FoM by the fresh simulations, and minutes of a pair of runs, which are made if need be."""
-    tag = name_of(f"lmax{lmax} {options} {stage_2} {seed}")
     compressor_run, npe_run = results / COMPRESSOR_RUNS / tag, results / NPE_RUNS / tag
     fresh = tiles_folder("", results, lmax, NOISE_LEVEL, fresh=True)
     if not (compressor_run / RESULT_NAME).exists():
@@ -57,13 +55,9 @@ def figures_of(options: str, seed: int, lmax: int, stage_2: str, results: Path) 
         run(f"run_npe.py --ckpt {compressor_run / CHECKPOINT_NAME} --calibration-tiles {fresh} --seed {seed} {stage_2}")
     stage_1 = read_result(compressor_run / RESULT_NAME, CompressorResult, "stage 1")
     result = read_fom_result(npe_run)
-    return [*figures_on_fresh(result), (stage_1.elapsed_s + result.elapsed_s) / 60]
-
-
-def figures_on_fresh(result: FomResult) -> list[float]:
-    """NLL and chi2/dof on the fresh simulations, and the FoM that they ask for."""
     assert result.recalibrated is not None  # there are fresh simulations
-    return [result.calibration.nll, result.calibration.chi2_per_dof, result.recalibrated.fom_fiducial_median]
+    figures = [result.calibration.nll, result.calibration.chi2_per_dof, result.recalibrated.fom_fiducial_median]
+    return [*figures, (stage_1.elapsed_s + result.elapsed_s) / 60]
 
 
 def table(found: dict[str, np.ndarray]) -> str:
@@ -105,7 +99,8 @@ def main() -> None:
     found: dict[str, np.ndarray] = {}
     for seed in range(options.seed, options.seed + options.seeds):
         for stage_1 in options.stage_1:
-            figures = figures_of(stage_1, seed, options.lmax, options.stage_2, results)
+            tag = name_of(f"lmax{options.lmax} {stage_1} {options.stage_2} {seed}")
+            figures = figures_of(results, tag, options.lmax, stage_1, options.stage_2, seed)
             found[stage_1] = np.array([*found.get(stage_1, []), figures])
         print(f"\nup to seed {seed}\n{table(found)}\n", flush=True)
     record = {name: figures.tolist() for name, figures in found.items()}

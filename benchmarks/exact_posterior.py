@@ -72,7 +72,7 @@ AVERAGED = "--max-epochs {epochs} --decay-epochs {decay} --decay-factor 0.75 --e
 EPOCHS, DECAY = 64, 4  # of AVERAGED, for N_SIMS
 N_SIMS = 791
 RECIPES = {
-    "laptop": ("--recipe laptop --norm-tiles 1024", False),
+    "laptop": ("--recipe laptop", False),
     "long": (f"{TINY} --max-epochs 40 --decay-epochs 2 --decay-factor 0.8", False),
     "best": (f"{POWER} {AVERAGED} --loss nll", True),
     "own-noise": (f"{POWER} {AVERAGED} --loss nll", False),

@@ -18,15 +18,13 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from benchmarks.compare import NOISE_LEVEL, figures_on_fresh, mean_with_error
+from benchmarks.compare import NOISE_LEVEL, figures_of, mean_with_error
 from benchmarks.leakage import run
-from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, tiles_folder, write_json
+from common.artifacts import COMPRESSOR_RUNS, write_json
 from common.figures import BLUE, ORANGE, figure
 from common.versions import versions
 from compress.model import CHECKPOINT_NAME
 from compress.result import RESULT_NAME
-from npe.result import RESULT_NAME as NPE_RESULT_NAME
-from npe.result import read_fom_result
 
 LMAX, N_CHEAP, N_FRESH = 100, 3000, 300
 N_DEAR = (50, 100, 200, 400, 791)
@@ -36,7 +34,7 @@ EPOCHS, DECAY = 20, 5  # of --recipe laptop, for all dear simulations
 LOSS = "--recipe laptop --loss nll"
 FINE_TUNED = "--learning-rate 2e-3"  # a quarter of the recipe's peak
 STAGE_2 = "--hidden-layers 0 --learning-rate 0.01"  # two hidden layers are too many for 150 tiles
-STARTS = {"scratch": ("", BLUE), "pretrained": (FINE_TUNED, ORANGE)}
+STARTS = {"scratch": BLUE, "pretrained": ORANGE}
 
 
 def pretrain(results: Path) -> Path:
@@ -49,31 +47,16 @@ def pretrain(results: Path) -> Path:
     return folder / CHECKPOINT_NAME
 
 
-def figures_of(results: Path, n_sims: int, start: str, init_from: Path, seed: int) -> list[float]:
-    """NLL, chi2/dof and FoM by the fresh simulations of a pair of runs, which are made if need be."""
-    tag = f"{start}_{n_sims}_{seed}"
-    compressor_run, npe_run = results / COMPRESSOR_RUNS / tag, results / NPE_RUNS / f"{tag}_affine"
+def options_of(start: str, n_sims: int, init_from: Path) -> str:
+    """Options of stage 1, which takes the same number of steps for any number of simulations."""
     more = N_DEAR[-1] / n_sims
-    options = (
-        f"{LOSS} --max-epochs {EPOCHS * more:.0f} --patience {EPOCHS * more:.0f} --decay-epochs {DECAY * more:.0f}"
-    )
-    options += f" {STARTS[start][0]} --init-from {init_from}" if start == "pretrained" else ""
-    if not (compressor_run / RESULT_NAME).exists():
-        run(
-            f"run_compressor.py --lmax {LMAX} --noise-level {NOISE_LEVEL} {options} --n-sims {n_sims} --seed {seed} "
-            f"--results-dir {results} --tag {tag}"
-        )
-    if not (npe_run / NPE_RESULT_NAME).exists():
-        fresh = tiles_folder("", results, LMAX, NOISE_LEVEL, fresh=True)
-        run(
-            f"run_npe.py --ckpt {compressor_run / CHECKPOINT_NAME} --calibration-tiles {fresh} {STAGE_2} --seed {seed} "
-            f"--tag {npe_run.name}"
-        )
-    return figures_on_fresh(read_fom_result(npe_run))
+    epochs = f"--max-epochs {EPOCHS * more:.0f} --patience {EPOCHS * more:.0f} --decay-epochs {DECAY * more:.0f}"
+    pretrained = f"{FINE_TUNED} --init-from {init_from}" if start == "pretrained" else ""
+    return f"{LOSS} --n-sims {n_sims} {epochs} {pretrained}"
 
 
 def table(found: dict[str, np.ndarray]) -> str:
-    """A row per number of simulations, from the figures (n_numbers, n_seeds, 3) of each start."""
+    """A row per number of simulations, from the figures (n_numbers, n_seeds, 4) of each start."""
     columns = [f"{name}, {start}" for name in ("NLL", "chi2/dof", "FoM, recalibrated") for start in found]
     rows = [f"| simulations | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
     for i, n in enumerate(N_DEAR):
@@ -96,7 +79,7 @@ def draw(found: dict[str, np.ndarray], path: Path) -> None:
         ):
             for start, figures in found.items():
                 mean, error = figures[..., k].mean(axis=1), np.ptp(figures[..., k], axis=1) / 2
-                axes.errorbar(N_DEAR, mean, error, fmt="o-", color=STARTS[start][1], label=start)
+                axes.errorbar(N_DEAR, mean, error, fmt="o-", color=STARTS[start], label=start)
             axes.set(xscale="log", xlabel="simulations", ylabel=name)
             axes.set_xticks(N_DEAR, labels=list(map(str, N_DEAR)), minor=False)
             axes.minorticks_off()
@@ -115,10 +98,11 @@ def main() -> None:
     run(f"{suite} --n-sims {N_FRESH} --fresh")
     cheap = pretrain(results)
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
-    found = {
-        start: np.array([[figures_of(results, n, start, cheap, seed) for seed in seeds] for n in N_DEAR])
-        for start in STARTS
-    }
+    found: dict[str, np.ndarray] = {}
+    for start in STARTS:
+        runs = [(n, seed, options_of(start, n, cheap)) for n in N_DEAR for seed in seeds]
+        figures = [figures_of(results, f"{start}_{n}_{s}", LMAX, stage_1, STAGE_2, s) for n, s, stage_1 in runs]
+        found[start] = np.array(figures).reshape(len(N_DEAR), options.seeds, -1)
     draw(found, results / "pretraining.png")
     record = {start: figures.tolist() for start, figures in found.items()}
     write_json(results / "pretraining.json", {"n_sims": N_DEAR, "runs": record, "versions": versions()})
