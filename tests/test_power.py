@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.power import FILTERS_PER_SCALE, N_SCALES, PowerFilters
+from compress.power import FILTERS_PER_SCALE, N_SCALES, PowerFilters, SquaresAndCubes
 
 NSIDE = 64
 
@@ -72,3 +72,8 @@ def test_third_moments_change_sign_with_the_tile_and_vanish_without_its_phases()
     torch.testing.assert_close(of_turned * torch.tensor([1, -1])[:, None], of_skewed, rtol=1e-8, atol=1e-8)
     # At full resolution, which has 4096 pixels: measured 0.39 and 0.057, of which sampling is 0.04.
     assert of_skewed[0, 1].abs().mean() > 5 * of_random[0, 1].abs().mean()
+
+
+def test_the_gradient_of_squares_and_cubes_is_that_of_finite_differences() -> None:
+    response = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    torch.autograd.gradcheck(SquaresAndCubes.apply, response.requires_grad_())
