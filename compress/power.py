@@ -39,7 +39,7 @@ class SquaresAndCubes(torch.autograd.Function):
         return squares, powers.mul_(response).mean(dim=(2, 3))
 
     @staticmethod
-    def backward(ctx: Any, of_squares: torch.Tensor, of_cubes: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, of_squares: torch.Tensor, of_cubes: torch.Tensor) -> torch.Tensor:
         (response,) = ctx.saved_tensors
         of_squares, of_cubes = (g[..., None, None] / response[0, 0].numel() for g in (of_squares, of_cubes))
         return (response * (3 * of_cubes)).add_(2 * of_squares).mul_(response)  # (2 r g_2 + 3 r^2 g_3) / N^2
