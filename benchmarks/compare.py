@@ -52,7 +52,10 @@ def figures_of(results: Path, tag: str, lmax: int, options: str, stage_2: str, s
             f"--results-dir {results} --tag {tag}"
         )
     if not (npe_run / NPE_RESULT_NAME).exists():
-        run(f"run_npe.py --ckpt {compressor_run / CHECKPOINT_NAME} --calibration-tiles {fresh} --seed {seed} {stage_2}")
+        run(
+            f"run_npe.py --ckpt {compressor_run / CHECKPOINT_NAME} --calibration-tiles {fresh} --seed {seed} {stage_2} "
+            f"--tag {tag}"
+        )
     stage_1 = read_result(compressor_run / RESULT_NAME, CompressorResult, "stage 1")
     result = read_fom_result(npe_run)
     assert result.recalibrated is not None  # there are fresh simulations
