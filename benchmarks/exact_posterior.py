@@ -63,20 +63,17 @@ WORST = 0.05  # of the tiles; those at the edges of the prior, which cut off the
 SEED = 20250722  # of these tiles, far from the suite's
 N_DRAWS_LOG2 = 17  # importance draws if all parameters vary
 CPU = torch.device("cpu")
-# Options of stage 1, and whether it gets the noiseless tiles. "laptop" is the recipe of the README, "long" needs twice
-# its passes, "best" is the best that was found, and the rest differ from the best in one thing. With {epochs} and
-# {decay} the numbers of steps and decays are the same for any number of simulations.
-TINY = "--backbone tiny --warmup-steps 200 --norm-tiles 0"
-POWER = "--backbone power --warmup-steps 200 --norm-tiles 0"
-AVERAGED = "--max-epochs {epochs} --decay-epochs {decay} --decay-factor 0.75 --ema-decay 0.998"
-EPOCHS, DECAY = 64, 4  # of AVERAGED, for N_SIMS
+# Options of stage 1, and whether it gets the noiseless tiles. "laptop" and "best" are recipes of run_compressor.py,
+# "long" needs twice the passes of "laptop", and the rest differ from "best" in one thing.
+LONG = "--backbone tiny --max-epochs 40 --warmup-steps 200 --norm-tiles 0 --decay-epochs 2 --decay-factor 0.8"
 N_SIMS = 791
 RECIPES = {
     "laptop": ("--recipe laptop", False),
-    "long": (f"{TINY} --max-epochs 40 --decay-epochs 2 --decay-factor 0.8", False),
-    "best": (f"{POWER} {AVERAGED} --loss nll", True),
-    "own-noise": (f"{POWER} {AVERAGED} --loss nll", False),
-    "tiny": (f"{TINY} {AVERAGED} --loss nll", True),
+    "long": (LONG, False),
+    "best": ("--recipe best", True),
+    "power": ("--recipe best --backbone power", True),
+    "tiny": ("--recipe best --backbone tiny", True),
+    "own-noise": ("--recipe best", False),
 }
 
 
@@ -85,8 +82,6 @@ def train(results: Path, vary: Vary, n_sims: int, recipe: str, more_options: str
     stage_1, noiseless = RECIPES[recipe]
     stage_1 = f"{stage_1} {more_options}".strip()
     tag = name_of(f"{recipe} {more_options} {seed}")
-    more = max(1, round(n_sims / N_SIMS))
-    stage_1 = stage_1.format(epochs=EPOCHS // more, decay=DECAY // more)
     compressor_run, npe_run = Path(results, COMPRESSOR_RUNS, tag), Path(results, NPE_RUNS, tag)
     size, level = f"--lmax {LMAX} --nside {NSIDE}", f"--noise-level {NOISE_LEVEL}"
     suite = f"run_mock.py {size} --geometry flat --field gaussian --vary {vary} --n-sims {n_sims}"

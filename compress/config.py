@@ -17,10 +17,15 @@ Backbone = Literal[
 ]  # fmt: skip
 
 # Named sets of options for --recipe; the defaults below are the mission's recipe. docs/recipes.md has the evidence.
+_LAPTOP = {
+    **{"backbone": "tiny", "max_epochs": 20, "warmup_steps": 100, "decay_epochs": 5, "decay_factor": 0.6},
+    **{"ema_decay": 0.99, "norm_tiles": 1024},
+}
 RECIPES: dict[str, dict[str, Any]] = {
-    "laptop": {
-        **{"backbone": "tiny", "max_epochs": 20, "warmup_steps": 100, "decay_epochs": 5, "decay_factor": 0.6},
-        **{"ema_decay": 0.99, "norm_tiles": 1024},
+    "laptop": _LAPTOP,
+    "best": {
+        **_LAPTOP,
+        **{"backbone": "moments", "loss": "nll", "max_epochs": 40, "decay_epochs": 10, "weight_decay": 0.1},
     },
 }
 
