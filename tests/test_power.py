@@ -76,4 +76,4 @@ def test_third_moments_change_sign_with_the_tile_and_vanish_without_its_phases()
 
 def test_the_gradient_of_squares_and_cubes_is_that_of_finite_differences() -> None:
     response = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    torch.autograd.gradcheck(SquaresAndCubes.apply, response.requires_grad_())
+    assert torch.autograd.gradcheck(SquaresAndCubes.apply, response.requires_grad_())
