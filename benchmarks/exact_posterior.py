@@ -1,7 +1,7 @@
 """How much of the information do the two stages reach? Flat Gaussian tiles, whose posterior is known exactly.
 
 python benchmarks/exact_posterior.py                    only Omega_m and S8 vary; --recipe laptop of run_compressor.py
-python benchmarks/exact_posterior.py --recipe best      the best recipe that was found
+python benchmarks/exact_posterior.py --recipe best      --recipe best, with noiseless tiles
 python benchmarks/exact_posterior.py --vary all         all seven parameters vary
 python benchmarks/exact_posterior.py --stage-1 "--loss nll"     further options of run_compressor.py
 python benchmarks/exact_posterior.py --n-sims 3160      four times the tiles
