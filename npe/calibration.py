@@ -3,6 +3,7 @@
 import numpy as np
 from scipy.stats import chi2
 
+from data.schema import FOM_PARAMS
 from npe.fom import N_BOOTSTRAP
 from npe.model import Posterior
 from npe.result import Calibration, Recalibrated
@@ -37,15 +38,18 @@ def calibrate(
     inside = d2[:, None] <= chi2.ppf(LEVELS, df=d)  # (n, n_levels)
 
     # Everything below is a mean over tiles: a resample needs a simulation's sums, and how often it is drawn.
-    columns = np.column_stack([np.ones(len(d2)), z, z**2, d2, posterior.nll(theta), inside])  # (n, n_columns)
+    of_fom = posterior.squared_distances_of_fom(theta)  # (n,)
+    columns = np.column_stack([np.ones(len(d2)), z, z**2, d2, of_fom, posterior.nll(theta), inside])  # (n, n_columns)
     sims, group = np.unique(sim_id, return_inverse=True)
     sums = np.zeros((len(sims), columns.shape[1]))
     np.add.at(sums, group, columns)
     resampled = rng.multinomial(len(sims), np.full(len(sims), 1 / len(sims)), size=N_BOOTSTRAP) @ sums
-    parts = d, 2 * d, 2 * d + 1, 2 * d + 2
-    z_mean, z_square, mean_d2, nll, coverage = np.split(columns[:, 1:].mean(axis=0), parts)
-    b_z_mean, b_z_square, b_mean_d2, b_nll, b_coverage = np.split(resampled[:, 1:] / resampled[:, :1], parts, axis=1)
+    parts = d, 2 * d, 2 * d + 1, 2 * d + 2, 2 * d + 3
+    z_mean, z_square, mean_d2, mean_of_fom, nll, coverage = np.split(columns[:, 1:].mean(axis=0), parts)
+    b_means = np.split(resampled[:, 1:] / resampled[:, :1], parts, axis=1)
+    b_z_mean, b_z_square, b_mean_d2, b_of_fom, b_nll, b_coverage = b_means
     chi2_per_dof, error = float(mean_d2[0] / d), float(b_mean_d2.std() / d)
+    scale, scale_err = float(mean_of_fom[0] / len(FOM_PARAMS)), float(b_of_fom.std() / len(FOM_PARAMS))
     return Calibration(
         tiles=tiles,
         optimistic=optimistic,
@@ -61,7 +65,9 @@ def calibrate(
         chi2_per_dof_err=error,
         nll=float(nll[0]),
         nll_err=float(b_nll.std()),
-        fom_rescaled=fom / chi2_per_dof,
+        chi2_per_dof_of_fom=scale,
+        chi2_per_dof_of_fom_err=scale_err,
+        fom_rescaled=fom / scale,
         levels=LEVELS.tolist(),
         coverage=coverage.tolist(),
         coverage_lo_16=np.percentile(b_coverage, 16, axis=0).tolist(),
@@ -72,12 +78,12 @@ def calibrate(
 def recalibrate(posterior: Posterior, calibration: Calibration) -> Recalibrated | None:
     """Posteriors (n,) as wide as independent tiles say, or None if their calibration is that of the test split.
 
-    All covariances times chi2_per_dof have a mean squared Mahalanobis distance of one per parameter on those tiles. The
-    FoM is that of two parameters, so it goes as one over the factor, and has its relative error.
+    With every covariance times chi2_per_dof_of_fom, (Omega_m, S8) have a mean squared Mahalanobis distance of one per
+    parameter on those tiles. Their FoM goes as one over the factor, and has its relative error.
     """
     if calibration.optimistic:
         return None
-    scale, error = calibration.chi2_per_dof, calibration.chi2_per_dof_err
+    scale, error = calibration.chi2_per_dof_of_fom, calibration.chi2_per_dof_of_fom_err
     fom = posterior.fom / scale
     median = float(np.median(fom))
     return Recalibrated(scale, error, median, median * error / scale, fom.tolist())

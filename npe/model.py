@@ -73,11 +73,14 @@ class Posterior:
             return self.inverse_volume
         return 1 / np.sqrt(np.linalg.det(self.cov_of_fom))
 
+    def squared_distances_of_fom(self, theta: np.ndarray) -> np.ndarray:
+        """Squared Mahalanobis distances of the truth theta (n, d) in (Omega_m, S8), whatever the rest is: (n,)."""
+        residual = (self.mu - theta)[:, self.of_fom]  # (n, 2)
+        return np.einsum("ni,nij,nj->n", residual, np.linalg.inv(self.cov_of_fom), residual)
+
     def nll(self, theta: np.ndarray) -> np.ndarray:
         """-ln p(Omega_m, S8) of the truth theta (n, d), marginalised over the rest, physical units, in nats: (n,)."""
-        residual = (self.mu - theta)[:, self.of_fom]  # (n, 2)
-        d2 = np.einsum("ni,nij,nj->n", residual, np.linalg.inv(self.cov_of_fom), residual)
-        return d2 / 2 + np.log(2 * np.pi) - np.log(self.fom)
+        return self.squared_distances_of_fom(theta) / 2 + np.log(2 * np.pi) - np.log(self.fom)
 
     @property
     def sigma(self) -> np.ndarray:

@@ -38,7 +38,9 @@ class Prediction:
     cov: list[list[float]] = key("posterior covariance")
     sigma: list[float] = key("marginal standard deviations")
     fom: float = key("its Figure of Merit")
-    recalibrated_sigma: list[float] | None = key("sigma as wide as the run's --calibration-tiles ask; null without")
+    recalibrated_sigma: list[float] | None = key(
+        "sigma of Omega_m and S8 as wide as the run's --calibration-tiles ask; null without"
+    )
     recalibrated_fom: float | None = key("its Figure of Merit then")
     tail_probability: dict[str, float] = key("by test, and `all`, see [data](data.md)")
     verdict: str = key("`ordinary`, or `out of distribution` and why")
@@ -169,6 +171,7 @@ def _refuse_without_posterior(npe: GaussianNPE, summary: torch.Tensor, names: tu
 def _of_tile(
     name: str, i: int, posterior: Posterior, tails: dict[str, np.ndarray], recalibrated: Recalibrated | None
 ) -> Prediction:
+    sigma, fom = posterior.sigma[i, posterior.of_fom], posterior.fom[i]  # (2,)
     tail = {test: float(probability[i]) for test, probability in tails.items()}
     odd = [f"{test} {p:.2g}" for test, p in tail.items() if test != "all" and p < WARN_BELOW]
     why = f"out of distribution (probability {tail['all']:.2g}; {', '.join(odd) or 'several tests together'})"
@@ -177,9 +180,9 @@ def _of_tile(
         mu=posterior.mu[i].tolist(),
         cov=posterior.cov[i].tolist(),
         sigma=posterior.sigma[i].tolist(),
-        fom=float(posterior.fom[i]),
-        recalibrated_sigma=None if recalibrated is None else (posterior.sigma[i] * recalibrated.scale**0.5).tolist(),
-        recalibrated_fom=None if recalibrated is None else float(posterior.fom[i] / recalibrated.scale),
+        fom=float(fom),
+        recalibrated_sigma=None if recalibrated is None else (sigma * recalibrated.scale**0.5).tolist(),
+        recalibrated_fom=None if recalibrated is None else float(fom / recalibrated.scale),
         tail_probability=tail,
         verdict=ORDINARY if tail["all"] >= WARN_BELOW else why,
     )

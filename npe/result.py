@@ -90,7 +90,9 @@ class Calibration:
         "runs that are checked on the same tiles compare by it"
     )
     nll_err: float = key("its error")
-    fom_rescaled: float = key("the FoM if all covariances were chi2_per_dof times as large")
+    chi2_per_dof_of_fom: float = key("the same of (Omega_m, S8) alone, marginalised over other parameters")
+    chi2_per_dof_of_fom_err: float = key("its error")
+    fom_rescaled: float = key("the FoM if all covariances were chi2_per_dof_of_fom times as large")
     levels: list[float] = key("credibility levels of the coverage")
     coverage: list[float] = key("share of tiles whose truth lies inside the credible region of each level")
     coverage_lo_16: list[float] = key("16th percentile of the coverage")
@@ -101,7 +103,7 @@ class Calibration:
 class Recalibrated:
     """The fiducial posteriors with every covariance times one factor, which independent simulations ask for."""
 
-    scale: float = key("the factor: `calibration.chi2_per_dof`")
+    scale: float = key("the factor: `calibration.chi2_per_dof_of_fom`")
     scale_err: float = key("its error, bootstrapped over simulations")
     fom_fiducial_median: float = key("median FoM of the fiducial tiles then")
     fom_fiducial_median_err: float = key("its error from that of the scale alone")
@@ -224,7 +226,7 @@ class FomResult:
     augmentation_shift_in_sigma: dict[str, Shift] = key(
         "how far `turns` and flips, `rolls`, and both (`all`) move the summaries of the test split"
     )
-    audit: Audit = key("what the splits share, and more, see [leakage](leakage.md)")
+    audit: Audit = key("what stage 1's splits share, and more, see [leakage](leakage.md)")
     compressor: CompressorUsed = key("the compressor")
     reference_sha256: str = key("hash of reference.npz")
     manifest_sha256: str = key("hash of split_manifest.json")

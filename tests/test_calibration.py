@@ -100,3 +100,16 @@ def test_recalibration_mends_posteriors_made_over_and_under_confident(widen: flo
     corrected = posterior_of_moments(wrong.params, wrong.mu, found.scale * wrong.cov)
     np.testing.assert_allclose(corrected.fom, found.fom_fiducial_all)
     assert recalibrate(wrong, replace(calibration_of(*posteriors(400)), optimistic=True)) is None
+
+
+def test_what_is_wrong_with_another_parameter_leaves_the_fom_alone() -> None:
+    """Of three parameters only w has an error twice as large as its posterior says."""
+    posterior, theta, sim_id = posteriors(400, d=3)
+    mu = posterior.mu.copy()
+    mu[:, 2] += np.sqrt(3 * COV[2, 2]) * np.random.default_rng(1).standard_normal(len(mu))
+    found = calibration_of(posterior := replace(posterior, mu=mu), theta, sim_id)
+    corrected = recalibrate(posterior, found)
+    assert corrected is not None
+    assert found.chi2_per_dof > 1.5
+    assert corrected.scale == pytest.approx(1, abs=3 * corrected.scale_err)
+    assert corrected.fom_fiducial_median == pytest.approx(posterior.fom[0] / corrected.scale)
