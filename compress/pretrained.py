@@ -12,6 +12,7 @@ from compress.config import CompressorConfig
 from compress.model import FieldLevelCompressor, TrainedCompressor, load_compressor
 from data.module import SplitTiles
 from data.norm_stats import NORM_STATS_NAME, NormStats, read_norm_stats
+from data.split import MANIFEST_NAME, SplitManifest, read_manifest
 
 SAME = 1e-3  # relative: cosmologies that agree so far in every parameter are one; tables round them
 
@@ -27,6 +28,7 @@ class Pretrained:
     path: Path
     compressor: TrainedCompressor
     norm_stats: NormStats
+    manifest: SplitManifest
 
     def give_weights(self, model: FieldLevelCompressor) -> None:
         """Copy all weights; those of the loss only if it is the same."""
@@ -39,7 +41,7 @@ class Pretrained:
         """The data, whose `seen` now also has what the pretraining saw.
 
         Raises:
-            UserError: the pretraining saw the fiducial cosmology.
+            UserError: the pretraining saw the fiducial cosmology, or learnt from tiles of this run's other splits.
         """
         seen, fiducial = self.compressor.seen, data.tiles.params[data.fiducial_ds.rows[:1].numpy()]
         if len(_shared(fiducial, seen)):
@@ -47,6 +49,13 @@ class Pretrained:
                 f"--init-from {self.path} was trained on the cosmology of the fiducial simulation "
                 f"{data.manifest.fiducial_sim_id}; train it with that simulation held out (--fiducial-sim-id)"
             )
+        if self.manifest.fingerprint == data.manifest.fingerprint:
+            learnt, splits = set(map(tuple, self.manifest.splits["compressor_train"])), data.manifest.splits
+            if leaked := sum(tuple(key) in learnt for key in [*splits["npe_train"], *splits["test"]]):
+                raise UserError(
+                    f"--init-from {self.path} has learnt from {leaked} tiles of this run's NPE and test splits; train "
+                    "it with this run's --split-seed, --split-by and --n-sims"
+                )
         if shared := len(_shared(data.seen, seen)):
             warn(
                 f"--init-from {self.path} was trained on {shared} of this run's {len(data.seen)} cosmologies; if their "
@@ -59,19 +68,24 @@ def read_pretrained(config: CompressorConfig, device: torch.device) -> Pretraine
     """The run that --init-from names.
 
     Raises:
-        UserError: no checkpoint, its norm_stats.json is missing or changed, or it has another backbone or parameters.
+        UserError: no checkpoint, a file beside it is missing or changed, or it has another backbone or parameters.
     """
     path = Path(config.init_from)
-    compressor, norm_stats = load_compressor(path, device, config.precision), read_norm_stats(path.parent)
-    if norm_stats.sha256 != compressor.norm_stats_sha256:
-        raise UserError(f"{path.parent / NORM_STATS_NAME} is not what --init-from was trained with; restore it")
+    compressor = load_compressor(path, device, config.precision)
+    norm_stats, manifest = read_norm_stats(path.parent), read_manifest(path.parent)
+    for name, found, wanted in (
+        (NORM_STATS_NAME, norm_stats.sha256, compressor.norm_stats_sha256),
+        (MANIFEST_NAME, manifest.sha256, compressor.manifest_sha256),
+    ):
+        if found != wanted:
+            raise UserError(f"{path.parent / name} is not what --init-from was trained with; restore it")
     for name in ("backbone", "params"):
         there, here = getattr(compressor.config, name), getattr(config, name)
         if there != here:
             raise UserError(
                 f"--init-from {path} has {flag_of(name)} {there}, this run {here}; give the same, or another checkpoint"
             )
-    return Pretrained(path, compressor, norm_stats)
+    return Pretrained(path, compressor, norm_stats, manifest)
 
 
 def _shared(some: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 
 from common.artifacts import COMPRESSOR_RUNS, make_empty_folder, named_folder, tiles_folder
 from common.device import name_of_dtype, pick_device
-from common.errors import warn
+from common.errors import UserError, warn
 from common.lock import exclusive
 from common.results import write_result
 from common.resume import LastCheckpoint, refuse_finished_run
@@ -44,6 +44,8 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
         refuse_finished_run(folder, RESULT_NAME, config.restart)
         device = pick_device(config.device)
         dtype = pick_precision(config.precision, device, config.backbone)
+        if config.init_from and Path(config.init_from).resolve().parent == folder.resolve():
+            raise UserError(f"--init-from {config.init_from} is in the folder that this run writes; give another --tag")
         pretrained = read_pretrained(config, device) if config.init_from else None
         fixed = {"precision": name_of_dtype(dtype), "init_from": pretrained.compressor.sha256 if pretrained else None}
         last = LastCheckpoint(folder, config, fixed, CHECKPOINT_NAME, device, on_checkpoint)

@@ -94,7 +94,8 @@ class TileDataModule:
         data = read_and_split(self.tiles_dir, self.options, self.manifest)
         tiles, train = data.tiles, data.rows["compressor_train"]
         theta = columns_of(tiles.params, self.params)
-        norm_stats = self.norm_stats or compute_norm_stats(theta[train], data.moments.of(train))
+        of_train = compute_norm_stats(theta[train], data.moments.of(train))  # refuses what is constant
+        norm_stats = self.norm_stats or of_train
         found = len(norm_stats.tile_mean), len(norm_stats.theta_mean)
         if found != (tiles.n_bins, len(self.params)):
             has = f"{NORM_STATS_NAME} has {found[0]} bins and {found[1]} parameters"

@@ -22,6 +22,7 @@ from compress.stage import read_tiles, run_compressor
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.norm_stats import read_norm_stats
+from data.split import read_manifest
 
 CPU = torch.device("cpu")
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -115,6 +116,18 @@ def test_weights_that_saw_the_fiducial_cosmology_are_refused_through_any_number_
         assert [path for path in sorted(results.rglob("*")) if path not in before and path.suffix == ".ckpt"] == []
 
 
+def test_weights_that_learnt_from_tiles_of_the_other_splits_are_refused(results: Path) -> None:
+    """The same tiles, split otherwise: stage 2 would learn from summaries of tiles that the weights know by heart."""
+    one, other = (
+        run_compressor(config_of(results, split_seed=seed, max_epochs=1, tag=f"split {seed}")) for seed in (1, 2)
+    )
+    learnt, here = (read_manifest(Path(run.folder)).splits for run in (one, other))
+    n = len(set(map(tuple, learnt["compressor_train"])) & set(map(tuple, here["npe_train"] + here["test"])))
+    with pytest.raises(UserError, match=f"has learnt from {n} tiles of this run's NPE and test splits"):
+        run_compressor(config_of(results, split_seed=2, init_from=f"{one.folder}/best.ckpt", tag="refused"))
+    run_compressor(config_of(results, split_seed=1, init_from=f"{one.folder}/best.ckpt", max_epochs=1, tag="taken"))
+
+
 def test_a_start_that_does_not_fit_costs_one_line(
     cheap: CompressorResult, results: Path, run_command: RunCommand
 ) -> None:
@@ -131,6 +144,15 @@ def test_a_start_that_does_not_fit_costs_one_line(
     assert "does not exist" in refused("--init-from", results / "best.ckpt")
     write_tiles(results / "three", make_tiles(40, 16, SMALL_LMAX, noise_level="noiseless", n_bins=3), 480)
     assert "has 4 bins and 2 parameters, the tiles 3" in refused("--init-from", start, "--tiles-dir", results / "three")
+    copied = shutil.copytree(cheap.folder, results / "field_compressor_runs" / "copied")
+    own = ("--init-from", copied / "best.ckpt", "--tag", "copied", "--restart")
+    assert "is in the folder that this run writes" in refused(*own)
+    shutil.rmtree(copied)
+    more = run_compressor(config_of(Path(cheap.folder).parent.parent, params="Omega_m,S8,w", max_epochs=1, tag="w"))
+    build_suite(MockConfig(results_dir=str(results / "fixed"), vary="Omega_m,S8", **SMALL_SUITE))
+    tiles = ("--tiles-dir", results / "fixed" / "tiles" / f"lmax_{SMALL_LMAX}_noiseless")
+    of_more = ("--init-from", f"{more.folder}/best.ckpt", "--params", "Omega_m,S8,w")
+    assert "parameter 3 of --params is constant" in refused(*tiles, *of_more)
     moved = shutil.copytree(cheap.folder, results / "moved")
     stats = moved / "norm_stats.json"
     stats.write_text(stats.read_text().replace('"theta_mean": [\n    0.', '"theta_mean": [\n    1.'))
