@@ -22,7 +22,7 @@ from compress.result import CompressorResult
 from compress.stage import run_compressor
 from data.cache import read_tiles_through_cache
 from data.schema import NOISELESS
-from data.split import fingerprint_of
+from data.split import fingerprint_of, subset_of
 from npe.config import NPEConfig, SweepConfig, SweepRun
 from npe.ensemble import compare
 from npe.fom import scatter
@@ -32,6 +32,7 @@ from npe.result import RESULT_NAME, CurvePoint, FomResult, LearningCurves, Sweep
 from npe.stage import run_npe
 
 Result = TypeVar("Result")
+CPU = torch.device("cpu")
 CURVE_NAME, LEARNING_CURVE_NAME = "fom_vs_lmax.json", "learning_curve.json"  # their pictures are *.png
 
 
@@ -58,6 +59,7 @@ def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -
     """
     try:
         compressor, folder = run.compressor(), Path(run.sweep.results_dir, COMPRESSOR_RUNS, run.compressor_tag)
+        _refuse_early(run, compressor)
         stage_1 = _read(_stage_1, folder / COMPRESSOR_RESULT_NAME, compressor.restart)
         if stage_1 is None or not _is_kept(stage_1, compressor, compressor):
             if run.stage_2_alone:  # its siblings would train the same one
@@ -74,9 +76,20 @@ def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -
         return error
 
 
+def _refuse_early(run: SweepRun, compressor: CompressorConfig) -> None:
+    """Raise UserError, before stage 1 takes its time, for tiles that would stop stage 2 or another point."""
+    sweep, size = run.sweep, (compressor.lmax, compressor.noise_level, compressor.nside)
+    folder = tiles_folder(compressor.tiles_dir, sweep.results_dir, compressor.lmax, compressor.noise_level)
+    tiles, _ = read_tiles_through_cache(folder, *size)
+    if run.n_sims:
+        subset_of(tiles.keys[:, 0], sweep.numbers[-1], compressor.split_seed, compressor.fiducial_sim_id)
+    if fresh := run.npe("").calibration_tiles:
+        read_tiles_through_cache(named_folder(fresh, compressor.lmax, compressor.noise_level), *size)
+
+
 def _stage_1(folder: Path) -> CompressorResult:
     """The result of a stage-1 run whose checkpoint can be used."""
-    load_compressor(folder / CHECKPOINT_NAME, torch.device("cpu"), "float32")
+    load_compressor(folder / CHECKPOINT_NAME, CPU, "float32")
     return read_result(folder / COMPRESSOR_RESULT_NAME, CompressorResult, "stage 1")
 
 
@@ -120,7 +133,8 @@ def _fingerprints(config: CompressorConfig | NPEConfig, compressor: CompressorCo
     if isinstance(config, NPEConfig):
         folders["calibration_tiles"] = config.calibration_tiles
     else:
-        found["init_from"] = sha256_of_file(Path(config.init_from)) if config.init_from else None
+        start = config.init_from
+        found["init_from"] = load_compressor(Path(start), CPU, "float32").sha256 if start else None
     found |= dict.fromkeys(folders)
     for name, folder in folders.items():
         if folder:

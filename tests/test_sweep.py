@@ -20,7 +20,7 @@ from data.mock.suite import build_suite
 from data.split import read_manifest, subset_of
 from npe.config import SweepConfig, SweepRun
 from npe.result import FomResult
-from npe.sweep import sweep_side_by_side
+from npe.sweep import run_point, sweep_side_by_side
 
 OTHER_LMAX = 24  # 16 x 16 pixels as well
 STAGE_1 = "--backbone tiny --max-epochs 2 --batch-size 64 --warmup-steps 10 --device cpu"
@@ -86,19 +86,21 @@ def test_a_learning_curve_trains_every_point_once_and_says_what_twice_as_many_wo
         assert code == 0, err
         return out, json.loads((tmp_path / "sweeps/sweep/learning_curve.json").read_text())
 
-    out, result = sweep(12, 20, 40, 61)  # one more than there are
+    # One simulation more than there are, or a mistyped folder: nothing is trained.
+    elsewhere = options[-1].replace("fresh_tiles", "fresh")
+    for stage_2, last, found in ((options[-1], 61, "there are 60 simulations"), (elsewhere, 60, "no shard")):
+        code, _, err = run_command("run_sweep.py", *options[:-1], stage_2, "--n-sims", f"12,20,40,{last}")
+        assert code == 2
+        assert found in err.splitlines()[-1]
+        assert list(tmp_path.rglob("*result.json")) == []
+
     name = f"sweep_lmax{SMALL_LMAX}_seed42"
-    assert result["failed"] == [f"{name}_n61", *(f"{name}_n61_npe{n}" for n in (12, 20, 40))]
-    assert "--n-sims 61: there are 60 simulations" in out
-    assert f"{name}_n61_npe12: it needs stage 1 of {name}_n61, which failed" in out
-    assert "both stages: no curve, since 3 numbers of simulations have a run that succeeded" in out
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*result.json")}
-    assert len(before) == 6
+    config = parse_args(SweepConfig, [*map(str, options), "--n-sims", "12,20,40,60"])
+    assert f"it needs stage 1 of {name}_n60, which failed" in str(run_point(config.rounds[1][0]))
 
     out, result = sweep(12, 20, 40, 60)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*result.json")}
-    assert len(made) == 6 + 2 + 3
-    assert made.items() > before.items()  # what was finished is kept
+    assert len(made) == 4 + 4 + 3
     assert result["failed"] == []
     both, alone = result["curves"]
     assert (sorted(both["n_sims"]), sorted(alone["n_sims"])) == ([12, 20, 40, 60], [12, 20, 40, 60])
@@ -133,7 +135,6 @@ def test_a_learning_curve_trains_every_point_once_and_says_what_twice_as_many_wo
         found = {run.tag: function_named(function)(run) for run in reversed(runs)}
         return (found[run.tag] for run in runs)
 
-    config = parse_args(SweepConfig, [*map(str, options), "--n-sims", "12,20,40,60"])
     assert asdict(sweep_side_by_side(config, lambda: None, run_all)) == result
     assert [len(tags) for tags in rounds] == [4, 3]
 
