@@ -31,6 +31,8 @@ from npe.report import write_report
 from npe.result import RESULT_NAME, FomResult
 from npe.train import train
 
+MIN_CALIBRATION_SIMS = 5  # so many know the scatter among them to a third
+
 
 def run_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: None) -> FomResult:
     """Run stage 2; `on_checkpoint` is called after each file that must not be lost (Modal commits its Volume).
@@ -136,6 +138,11 @@ def read_calibration_tiles(config: NPEConfig, data: SplitTiles, seen: np.ndarray
         raise UserError(
             f"--calibration-tiles {config.calibration_tiles} shares cosmologies with the training tiles; "
             "give independent simulations (python run_mock.py --fresh makes some)"
+        )
+    if (n_sims := len(np.unique(tiles.keys[:, 0]))) < MIN_CALIBRATION_SIMS:
+        raise UserError(
+            f"--calibration-tiles {config.calibration_tiles} has tiles of {n_sims} simulations, too few for an error "
+            f"over simulations; give at least {MIN_CALIBRATION_SIMS}"
         )
     if tiles.n_bins != data.tiles.n_bins:
         found = f"--calibration-tiles has {tiles.n_bins} bins, the run's tiles have {data.tiles.n_bins}"

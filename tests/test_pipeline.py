@@ -217,9 +217,14 @@ def test_calibration_on_fresh_simulations_and_never_on_those_of_the_training(
     assert "shares cosmologies with the training tiles" in err
     assert not (finished / "field_npe_runs" / "c").exists()
 
-    options = ["--results-dir", tmp_path, "--lmax", SMALL_LMAX, "--noise-level", "noiseless", "--n-sims", 20]
-    assert run_command("run_mock.py", "--fresh", *options)[0] == 0
-    fresh = tmp_path / "fresh_tiles" / f"lmax_{SMALL_LMAX}_noiseless"
+    options = ["--lmax", SMALL_LMAX, "--noise-level", "noiseless", "--fresh"]
+    for n_sims in (4, 20):
+        results = ["--results-dir", tmp_path / str(n_sims), "--n-sims", n_sims]
+        assert run_command("run_mock.py", *options, *results)[0] == 0
+    few, fresh = (tmp_path / n_sims / "fresh_tiles" / f"lmax_{SMALL_LMAX}_noiseless" for n_sims in ("4", "20"))
+    code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--tag", "c", "--calibration-tiles", few)
+    assert code == 2
+    assert "tiles of 4 simulations, too few" in err
     code, _out, err = run_command(
         "run_npe.py", "--ckpt", ckpt, "--tag", "c", "--calibration-tiles", fresh, "--max-epochs", 60, "--device", "cpu"
     )
