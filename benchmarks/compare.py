@@ -102,7 +102,8 @@ def main() -> None:
     found: dict[str, np.ndarray] = {}
     for seed in range(options.seed, options.seed + options.seeds):
         for stage_1 in options.stage_1:
-            tag = name_of(f"lmax{options.lmax} {stage_1} {options.stage_2} {seed}")
+            stage_2 = f"npe {options.stage_2}" if options.stage_2 else ""  # both stages have options of one name
+            tag = name_of(f"lmax{options.lmax} {stage_1} {stage_2} {seed}")
             figures = figures_of(results, tag, options.lmax, stage_1, options.stage_2, seed)
             found[stage_1] = np.array([*found.get(stage_1, []), figures])
         print(f"\nup to seed {seed}\n{table(found)}\n", flush=True)

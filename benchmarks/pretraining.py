@@ -66,9 +66,9 @@ def table(found: dict[str, np.ndarray]) -> str:
 
 
 def enough(found: dict[str, np.ndarray]) -> float:
-    """How many simulations after pretraining have the NLL of all from scratch, interpolated in ln N."""
-    nll = found["pretrained"][..., 0].mean(axis=1)  # (n_numbers,), falls with N
-    return float(np.exp(np.interp(-found["scratch"][-1, :, 0].mean(), -nll, np.log(N_DEAR))))
+    """How many simulations after pretraining have the NLL of all from scratch, interpolated in ln N; else infinity."""
+    nll = np.minimum.accumulate(found["pretrained"][..., 0].mean(axis=1))  # (n_numbers,), must fall with N
+    return float(np.exp(np.interp(-found["scratch"][-1, :, 0].mean(), -nll, np.log(N_DEAR), right=np.inf)))
 
 
 def draw(found: dict[str, np.ndarray], path: Path) -> None:
@@ -78,7 +78,8 @@ def draw(found: dict[str, np.ndarray], path: Path) -> None:
             drawn.subplots(1, 3), range(3), ("NLL, fresh", "chi2/dof, fresh", "FoM, recalibrated"), strict=True
         ):
             for start, figures in found.items():
-                mean, error = figures[..., k].mean(axis=1), np.ptp(figures[..., k], axis=1) / 2
+                mean, n_seeds = figures[..., k].mean(axis=1), figures.shape[1]
+                error = figures[..., k].std(axis=1, ddof=min(1, n_seeds - 1)) / np.sqrt(n_seeds)
                 axes.errorbar(N_DEAR, mean, error, fmt="o-", color=STARTS[start], label=start)
             axes.set(xscale="log", xlabel="simulations", ylabel=name)
             axes.set_xticks(N_DEAR, labels=list(map(str, N_DEAR)), minor=False)
