@@ -72,7 +72,7 @@ class CompressorConfig(SplitOptions, TrainingOptions):
     )
     theta_noise: float = option(0.005, "Gaussian noise on the normalised theta while training", at_least=0)
     tag: str = option(
-        "", "name of the run (default: from loss, lmax, noise level, backbone)", may_change=True, plain_name=True
+        "", "name of the run (default: loss, lmax, noise level, backbone, more)", may_change=True, plain_name=True
     )
 
     def __post_init__(self) -> None:

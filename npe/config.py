@@ -41,7 +41,9 @@ class NPEConfig(TrainingOptions):
         0, "learn from so many of the compressor's simulations, fiducial included (0: all)", in_tag=True, at_least=0
     )
     calibration_tiles: str = option("", "fresh simulations to check the posterior on; else the test split", path=True)
-    tag: str = option("", "name of the run (default: that of the stage-1 run)", may_change=True, plain_name=True)
+    tag: str = option(
+        "", "name of the run (default: that of the stage-1 run and some options)", may_change=True, plain_name=True
+    )
 
     @property
     def compressor_checkpoint(self) -> str:
