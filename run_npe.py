@@ -21,7 +21,7 @@ def report(result: FomResult) -> None:
     medians = ensemble.fom_fiducial_medians
     tiles = "" if result.fom_fiducial_std is None else f", tile-to-tile scatter {result.fom_fiducial_std:.0f}"
     learning = "" if ensemble.fom_learning_std is None else f", learning error {ensemble.fom_learning_std:.0f}"
-    caveat = " (optimistic: it stopped the training)" if calibration.optimistic else ""
+    caveat = " (optimistic: they stopped the training)" if calibration.optimistic else ""
     moved = " and ".join(f"{sigma:.2f}" for sigma in result.augmentation_shift_in_sigma["all"].rms)
     lines = [
         f"FoM(Omega_m, S8), lmax {result.lmax}, {result.noise_level}, median of "
@@ -42,8 +42,8 @@ def report(result: FomResult) -> None:
         f"all       {result.folder}/fom_result.json",
     ]
     if wide := result.recalibrated:
-        corrected = f"corrected {wide.fom_fiducial_median:.0f} +- {wide.fom_fiducial_median_err:.0f}"
-        lines.insert(5, f"{corrected}, with covariances {wide.scale:.2f} +- {wide.scale_err:.2f} times as large")
+        fom = f"recalibrated {wide.fom_fiducial_median:.0f} +- {wide.fom_fiducial_median_err:.0f}"
+        lines.insert(5, f"{fom}, with covariances {wide.scale:.2f} +- {wide.scale_err:.2f} times as large")
     print("\n".join(lines))
 
 

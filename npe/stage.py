@@ -9,13 +9,14 @@ import torch
 
 from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, make_empty_folder, named_folder
 from common.device import name_of_dtype, pick_device, seeded_generator
-from common.errors import UserError
+from common.errors import UserError, warn
 from common.lock import exclusive
 from common.options import flag_of, tag_suffix
 from common.results import write_result
 from common.resume import LastCheckpoint, refuse_finished_run
 from compress.model import TrainedCompressor, load_compressor
 from compress.pictures import draw_loss_curves
+from compress.result import RESULT_NAME as COMPRESSOR_RESULT_NAME
 from compress.stage import read_tiles
 from data.cache import read_tiles_through_cache
 from data.module import SplitTiles
@@ -74,6 +75,8 @@ def _results_dir_of(compressor_run: Path) -> Path:
 
 
 def _check_against(config: NPEConfig, compressor: TrainedCompressor) -> None:
+    if not Path(config.ckpt).with_name(COMPRESSOR_RESULT_NAME).exists():
+        warn(f"the training of {config.ckpt} has not finished; give its command again, and then this one")
     for name in ("lmax", "noise_level"):
         given, found = getattr(config, name), getattr(compressor.config, name)
         if given not in (None, found):

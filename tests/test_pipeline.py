@@ -199,8 +199,10 @@ def test_stage_2_refuses_tiles_that_stage_1_did_not_see(finished: Path, tmp_path
 
     manifest = compressor_run(results) / "split_manifest.json"
     manifest.unlink()
+    (compressor_run(results) / "result.json").unlink()  # as if stage 1 had been interrupted
     code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--tag", "x")
     assert code == 2
+    assert "has not finished" in err
     assert "split_manifest.json is missing" in err
     assert not (results / "field_npe_runs" / "x").exists()
 
