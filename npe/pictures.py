@@ -52,7 +52,7 @@ def draw_fom(result: FomResult, path: Path) -> None:
         right.set_ylim(0, 1.3 * max(fom.max(), median + scatter))
         right.set_xticks(np.arange(n))
         right.set(xlabel="fiducial tile", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
-        right.set_title(f"FoM {median:.0f}" + (f" ± {scatter:.0f}" if n > 1 else ""))
+        right.set_title(f"FoM {median:.0f}" + (f", tile-to-tile scatter {scatter:.0f}" if n > 1 else ""))
         right.legend(loc="lower right")
 
 
