@@ -44,8 +44,8 @@ def load_checkpoint(path: Path, kind: str, keys: tuple[str, ...], cure: str) -> 
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {cure}") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path} does not exist, or is a folder; {cure}") from None
     except Exception as error:  # torch raises many kinds here; all mean the same to the user
         damaged, content = type(error).__name__, None
     if damaged or not isinstance(content, dict):

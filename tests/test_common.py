@@ -92,7 +92,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_without_running(
 
 def test_wrong_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "best.ckpt"
-    with pytest.raises(UserError, match=r"best.ckpt does not exist; do this"):
+    with pytest.raises(UserError, match=r"best.ckpt does not exist, or is a folder; do this"):
         load_checkpoint(path, "compressor", ("model",), "do this")
     save_checkpoint(path, "npe", {"model": {"w": torch.ones(2)}})
     assert torch.equal(load_checkpoint(path, "npe", ("model",), "")["model"]["w"], torch.ones(2))
