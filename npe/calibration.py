@@ -37,17 +37,12 @@ def calibrate(
     z, d2 = (posterior.mu - theta) / posterior.sigma, squared_distances(posterior, theta)  # (n, d), (n,)
     inside = d2[:, None] <= chi2.ppf(LEVELS, df=d)  # (n, n_levels)
 
-    # Everything below is a mean over tiles: a resample needs a simulation's sums, and how often it is drawn.
     of_fom = posterior.squared_distances_of_fom(theta)  # (n,)
-    columns = np.column_stack([np.ones(len(d2)), z, z**2, d2, of_fom, posterior.nll(theta), inside])  # (n, n_columns)
-    sims, group = np.unique(sim_id, return_inverse=True)
-    sums = np.zeros((len(sims), columns.shape[1]))
-    np.add.at(sums, group, columns)
-    resampled = rng.multinomial(len(sims), np.full(len(sims), 1 / len(sims)), size=N_BOOTSTRAP) @ sums
+    columns = np.column_stack([z, z**2, d2, of_fom, posterior.nll(theta), inside])  # (n, n_columns), whose means count
     parts = d, 2 * d, 2 * d + 1, 2 * d + 2, 2 * d + 3
-    z_mean, z_square, mean_d2, mean_of_fom, nll, coverage = np.split(columns[:, 1:].mean(axis=0), parts)
-    b_means = np.split(resampled[:, 1:] / resampled[:, :1], parts, axis=1)
-    b_z_mean, b_z_square, b_mean_d2, b_of_fom, b_nll, b_coverage = b_means
+    z_mean, z_square, mean_d2, mean_of_fom, nll, coverage = np.split(columns.mean(axis=0), parts)
+    resampled = np.split(_resampled_means(columns, sim_id, rng), parts, axis=1)
+    b_z_mean, b_z_square, b_mean_d2, b_of_fom, b_nll, b_coverage = resampled
     chi2_per_dof, error = float(mean_d2[0] / d), float(b_mean_d2.std() / d)
     scale, scale_err = float(mean_of_fom[0] / len(FOM_PARAMS)), float(b_of_fom.std() / len(FOM_PARAMS))
     return Calibration(
@@ -55,7 +50,7 @@ def calibrate(
         optimistic=optimistic,
         verdict=_verdict(chi2_per_dof, error),
         n_tiles=len(d2),
-        n_sims=len(sims),
+        n_sims=len(np.unique(sim_id)),
         theta=list(posterior.params),
         z_mean=z_mean.tolist(),
         z_mean_err=b_z_mean.std(axis=0).tolist(),
@@ -73,6 +68,18 @@ def calibrate(
         coverage_lo_16=np.percentile(b_coverage, 16, axis=0).tolist(),
         coverage_hi_84=np.percentile(b_coverage, 84, axis=0).tolist(),
     )
+
+
+def _resampled_means(columns: np.ndarray, sim_id: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Means of columns (n, n_columns) over the tiles of resampled simulations, (N_BOOTSTRAP, n_columns).
+
+    A resample needs no more than a simulation's sums, and how often it is drawn.
+    """
+    sims, group = np.unique(sim_id, return_inverse=True)
+    sums = np.zeros((len(sims), 1 + columns.shape[1]))  # the first is the number of tiles
+    np.add.at(sums, group, np.column_stack([np.ones(len(columns)), columns]))
+    resampled = rng.multinomial(len(sims), np.full(len(sims), 1 / len(sims)), size=N_BOOTSTRAP) @ sums
+    return resampled[:, 1:] / resampled[:, :1]
 
 
 def recalibrate(posterior: Posterior, calibration: Calibration) -> Recalibrated | None:
