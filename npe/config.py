@@ -86,8 +86,8 @@ class SweepConfig(ResultsOptions):
     def rounds(self) -> list[list[SweepRun]]:
         """Its runs, one for every lmax and seed; each needs no other of its round, but what those before have made.
 
-        A learning curve has two rounds: both stages with every number of simulations, the largest first, which fails
-        at once if there are not so many; then stage 2 alone, on the compressor of the largest.
+        A learning curve has two rounds: both stages with every number of simulations, the largest first; then stage
+        2 alone, on the compressor of the largest.
         """
         points = [(lmax, self.seed + k) for lmax in number_list("--lmax", self.lmax) for k in range(self.seeds)]
         if not self.n_sims:
