@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from npe.learning_curve import fit_law, learning_curves
+from run_sweep import twice_as_many
 
 NUMBERS = [100, 200, 400, 791]
 
@@ -66,3 +67,14 @@ def test_a_curve_needs_four_numbers_and_stage_2_alone_ends_in_the_run_of_both_st
     assert alone.nll is not None
     points = [p | {"error": "lost"} if p["compressor_n_sims"] == 791 else p for p in points]
     assert [curve.stages for curve in learning_curves(points, 42)] == ["both stages"]
+
+
+def test_runs_that_failed_are_left_out_and_three_numbers_make_no_curve() -> None:
+    points = [
+        {"lmax": 32, "n_sims": n, "compressor_n_sims": n, "nll": 1 / n, "nll_err": 0.01, "fom_fiducial_median": 9.0}
+        for n in (12, 20, 40)
+    ]
+    failed = {"lmax": 32, "n_sims": 60, "compressor_n_sims": 60, "error": "it failed"}
+    (both,) = learning_curves([*points, failed], 0)
+    assert both.n_sims == [12, 20, 40]
+    assert twice_as_many(both) == "no curve, since 3 numbers of simulations have a run that succeeded"
