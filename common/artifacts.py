@@ -15,17 +15,25 @@ from common.errors import UserError
 COMPRESSOR_RUNS = "field_compressor_runs"
 NPE_RUNS = "field_npe_runs"
 SWEEPS = "sweeps"
+NONE = "none"  # of --nuisance
 
 
-def tiles_folder(tiles_dir: str, results_dir: str | Path, lmax: int, noise_level: str, *, fresh: bool = False) -> Path:
-    """Folder of the shards: --tiles-dir if it was given, else the one for this lmax and noise level."""
+def tiles_folder(
+    tiles_dir: str, results_dir: str | Path, lmax: int, noise_level: str, nuisance: str = NONE, *, fresh: bool = False
+) -> Path:
+    """Folder of the shards: --tiles-dir if it was given, else the one for this lmax, noise level and nuisance."""
     kind = "fresh_tiles" if fresh else "tiles"
-    return named_folder(tiles_dir or f"{results_dir}/{kind}/lmax_{{lmax}}_{{noise_level}}", lmax, noise_level)
+    text = tiles_dir or f"{results_dir}/{kind}/lmax_{{lmax}}_{{noise_level}}{{nuisance}}"
+    return named_folder(text, lmax, noise_level, nuisance)
 
 
-def named_folder(text: str, lmax: int, noise_level: str) -> Path:
-    """A folder of tiles as an option names it; {lmax} and {noise_level} in it stand for those of the run."""
-    return Path(text.replace("{lmax}", str(lmax)).replace("{noise_level}", noise_level))
+def named_folder(text: str, lmax: int, noise_level: str, nuisance: str = NONE) -> Path:
+    """A folder of tiles as an option names it; {lmax}, {noise_level} and {nuisance} stand for those of the run.
+
+    {nuisance} begins with an underscore, and is nothing if none varies.
+    """
+    last = "" if nuisance == NONE else f"_{nuisance}"
+    return Path(text.replace("{lmax}", str(lmax)).replace("{noise_level}", noise_level).replace("{nuisance}", last))
 
 
 class CannotWriteError(UserError):

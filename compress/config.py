@@ -8,7 +8,7 @@ from common.errors import UserError
 from common.machine import Device, Precision
 from common.options import ResumableOptions, option, tag_suffix
 from data.config import SplitOptions, TilesDirOptions, TilesOn
-from data.schema import FOM_PARAMS, PARAM_NAMES
+from data.schema import FOM_PARAMS, NUISANCE, PARAM_NAMES
 
 Loss = Literal["mse", "nll"]
 Backbone = Literal[
@@ -78,8 +78,10 @@ class CompressorConfig(SplitOptions, TrainingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = self.theta_names
-        if unknown := [name for name in names if name not in PARAM_NAMES]:
-            raise UserError(f"--params {unknown[0]!r} is none of {', '.join(PARAM_NAMES)}")
+        if unknown := [name for name in names if name not in PARAM_NAMES and not NUISANCE.fullmatch(name)]:
+            raise UserError(
+                f"--params {unknown[0]!r} is none of {', '.join(PARAM_NAMES)}, and no nuisance (A_IA, dz_1, m_1, ...)"
+            )
         if missing := [name for name in FOM_PARAMS if name not in names]:
             raise UserError(f"--params {self.params!r} lacks {missing[0]}; the FoM is that of {', '.join(FOM_PARAMS)}")
         if len(set(names)) < len(names):

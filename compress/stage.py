@@ -80,14 +80,14 @@ def read_tiles(
     nside, training = nside_of(config.lmax, config.nside), manifest is None
     noiseless = config.noiseless_tiles
     data = TileDataModule(
-        tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level),
+        tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level, config.nuisance),
         config,
         config.theta_names,
         device=device,
         dtype=dtype,
         tiles_on=config.tiles_on,
         reserve=partial(bytes_of_a_step, config.backbone, dtype, config.batch_size, nside, training=training),
-        noiseless_dir=named_folder(noiseless, config.lmax, config.noise_level) if noiseless else None,
+        noiseless_dir=named_folder(noiseless, config.lmax, config.noise_level, config.nuisance) if noiseless else None,
         manifest=manifest,
         norm_stats=norm_stats,
     ).setup()

@@ -8,7 +8,7 @@ from common.results import key
 from data.band_limit import band_limit_problem
 from data.duplicates import duplicate_pairs, groups_of, has_earlier, shared_sky_pairs
 from data.moments import Moments
-from data.schema import PARAM_NAMES, name_of_tile
+from data.schema import name_of_tile
 from data.sky import Orientations, covered_patches
 from data.tiles import Tiles
 from data.variance_outliers import OUTLIER_SIGMA, Outlier, variance_outliers
@@ -125,8 +125,8 @@ def audit_tiles(
     example = [across[0], np.argmax(group == group[across[0]])] if len(across) else []
     outliers = variance_outliers(tiles.keys, moments.variance)
     is_fiducial = sim_ids == fiducial_sim_id
-    others = tiles.params[np.isin(np.arange(n), np.concatenate(list(splits.values()))) & ~is_fiducial]
-    ranges = {name: [float(v.min()), float(v.max())] for name, v in zip(PARAM_NAMES, others.T, strict=True)}
+    others = np.isin(np.arange(n), np.concatenate(list(splits.values()))) & ~is_fiducial
+    ranges = {name: [float(v[others].min()), float(v[others].max())] for name, v in tiles.labels.items()}
     return Audit(
         n_tiles=n,
         n_sims=len(np.unique(sim_ids)),
@@ -139,7 +139,9 @@ def audit_tiles(
         variance_outliers=outliers[:N_LISTED],
         band_limit="" if orientations == () else band_limit_problem(tiles.kappa, tiles.lmax),
         ranges=ranges,
-        fiducial=_fiducial(fiducial_sim_id, tiles.params[is_fiducial], ranges, patch[is_fiducial]),
+        fiducial=_fiducial(
+            fiducial_sim_id, {k: v[is_fiducial] for k, v in tiles.labels.items()}, ranges, patch[is_fiducial]
+        ),
     )
 
 
@@ -163,10 +165,11 @@ def leakage_of(splits: dict[str, np.ndarray], group: np.ndarray, patch: np.ndarr
     }
 
 
-def _fiducial(sim_id: int, params: np.ndarray, ranges: dict[str, list[float]], patch: np.ndarray) -> Fiducial | None:
-    if not len(params):
+def _fiducial(
+    sim_id: int, labels: dict[str, np.ndarray], ranges: dict[str, list[float]], patch: np.ndarray
+) -> Fiducial | None:
+    if not len(patch):
         return None
-    values = zip(PARAM_NAMES, params[0], strict=True)
-    outside = [name for name, value in values if not ranges[name][0] <= value <= ranges[name][1]]
+    outside = [name for name, v in labels.items() if v.min() < ranges[name][0] or v.max() > ranges[name][1]]
     distinct, label = np.unique(patch, return_inverse=True)
     return Fiducial(sim_id, outside, len(distinct), label.tolist())

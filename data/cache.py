@@ -25,7 +25,7 @@ from common.lock import FOREVER, locked
 from common.machine import free_memory
 from data.moments import Moments
 from data.read_shards import TileIndex, read_index, read_into_memory, read_pixels, shard_paths
-from data.schema import nside_of
+from data.schema import NUISANCE, nside_of
 from data.shard_metadata import check_lmax
 from data.tiles import Tiles, digests_of
 
@@ -110,7 +110,7 @@ def _write_pixels(cache: Path, index: TileIndex) -> tuple[np.ndarray, Moments]:
 
 
 def _write_labels(cache: Path, tiles: Tiles, moments: Moments, made_of: dict[str, Any]) -> None:
-    arrays = {"keys": tiles.keys, "params": tiles.params, "digests": tiles.digests, **vars(moments)}
+    arrays = {"keys": tiles.keys, "params": tiles.params, "digests": tiles.digests, **vars(moments), **tiles.nuisances}
     with atomic_path(cache / LABELS) as temporary, open(temporary, "wb") as file:
         np.savez(file, made_of=np.array(json.dumps(made_of)), **arrays)
 
@@ -121,6 +121,7 @@ def _from_cache(cache: Path, paths: list[Path], wanted: dict[str, Any]) -> tuple
         with np.load(cache / LABELS) as labels:
             keys, params, digests = (labels[name] for name in ("keys", "params", "digests"))
             moments = Moments(*(labels[field.name] for field in fields(Moments)))
+            nuisances = {name: labels[name] for name in labels.files if NUISANCE.fullmatch(name)}
             made_of = json.loads(str(labels["made_of"]))
         shards, pixels = made_of.pop("shards"), made_of.pop("pixels")
         moved = [path for path in paths if path.name in shards and _identity(path) != shards[path.name][0]]
@@ -132,7 +133,7 @@ def _from_cache(cache: Path, paths: list[Path], wanted: dict[str, Any]) -> tuple
         if made_of != wanted or set(shards) != {path.name for path in paths}:
             return None
         kappa = map_pixels(cache / PIXELS, len(keys), moments.mean.shape[1], wanted["nside"])
-        tiles = Tiles(kappa, keys, params, wanted["lmax"], wanted["noise_level"], digests)
+        tiles = Tiles(kappa, keys, params, wanted["lmax"], wanted["noise_level"], digests, nuisances)
         if pixels != (now := _identity(cache / PIXELS)):
             if not np.array_equal(digests_of(kappa), digests):
                 return None

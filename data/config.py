@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from common.artifacts import NONE
 from common.errors import UserError
 from common.options import ResultsOptions, option
 
@@ -12,6 +13,7 @@ TileGeometry = Literal["auto", "published", "disjoint"]
 TilesOn = Literal["auto", "device", "disk"]
 
 FIDUCIAL_SIM_ID = 109
+KINDS, ALL = ("m", "dz", "ia"), "all"  # of --nuisance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class TilesDirOptions(ResultsOptions):
     """Where a command finds its tiles."""
 
     tiles_dir: str = option(
-        "", "folder of shard_*.parquet, may hold {lmax} and {noise_level} (default: below --results-dir)", path=True
+        "", "folder of shards, may hold {lmax}, {noise_level}, {nuisance} (default: below --results-dir)", path=True
     )
 
 
@@ -30,6 +32,11 @@ class TileOptions(TilesDirOptions):
     lmax: int = option(200, "largest multipole of the tiles", above=0)
     nside: int = option(0, "pixels per side of a tile (0: as lmax needs, 128 at 200)", at_least=0)
     noise_level: NoiseLevel = option("des_y3", "shape noise as published, or *_survey at twice that power")
+    nuisance: str = option(
+        NONE,
+        "nuisances of the survey that vary: m (shear bias), dz (redshifts), ia (alignments), some joined by +, or all",
+        in_tag=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,10 @@ class SplitOptions(TileOptions):
     n_sims: int = option(
         0, "subset of the suite: the fiducial simulation and others, so many in all (0: all)", in_tag=True, at_least=0
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds_of(self.nuisance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +75,28 @@ class FetchConfig(ResultsOptions):
     def configuration(self) -> str:
         """Name of its folder on the hub."""
         return f"lmax_{self.lmax}_{self.noise_level}"
+
+
+def kinds_of(text: str) -> tuple[str, ...]:
+    """The kinds of one --nuisance: "none", "all", or some joined by +, in the order of KINDS.
+
+    Raises:
+        UserError: an unknown one.
+    """
+    if text in (NONE, ALL):
+        return KINDS if text == ALL else ()
+    given = text.split("+")
+    if unknown := [kind for kind in given if kind not in KINDS]:
+        raise UserError(f"--nuisance {unknown[0]!r} is not one of {NONE}, {', '.join(KINDS)}, {ALL}; several go with +")
+    return tuple(kind for kind in KINDS if kind in given)
+
+
+def nuisance_list(text: str) -> list[str]:
+    """The nuisances of an option that is a list with commas; UserError if one is unknown."""
+    found = list(dict.fromkeys(one.strip() for one in text.split(",")))
+    for one in found:
+        kinds_of(one)
+    return found
 
 
 def number_list(flag: str, text: str) -> list[int]:

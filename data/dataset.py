@@ -17,7 +17,6 @@ from common.progress import Progress
 from data.augment import Symmetries, draw_symmetries, gather_augmented
 from data.config import TilesOn
 from data.norm_stats import NormStats
-from data.schema import columns_of
 from data.stream import TileStream
 from data.tiles import Tiles
 
@@ -167,7 +166,7 @@ def whole_dataset(
         reserve: bytes of the device's free memory that are left to the network.
         called: their name in the line that says what was chosen; without a name nothing is said.
     """
-    theta = columns_of(tiles.params, params)  # (n, d)
+    theta = tiles.columns(params)  # (n, d)
     size, free = tiles.kappa.size * dtype.itemsize, free_memory_of(device)
     held = tiles_on == "device" or (tiles_on == "auto" and size <= int(MEMORY_SHARE * (free - reserve)))
     if called:

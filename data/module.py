@@ -15,7 +15,6 @@ from data.config import SplitOptions, TilesOn
 from data.dataset import TileDataset, whole_dataset
 from data.noiseless import read_noiseless
 from data.norm_stats import NORM_STATS_NAME, NormStats, compute_norm_stats
-from data.schema import columns_of
 from data.split import PERCENT, SplitManifest, fingerprint_of
 from data.tiles import Tiles
 
@@ -93,7 +92,7 @@ class TileDataModule:
         """
         data = read_and_split(self.tiles_dir, self.options, self.manifest)
         tiles, train = data.tiles, data.rows["compressor_train"]
-        theta = columns_of(tiles.params, self.params)
+        theta = tiles.columns(self.params)
         of_train = compute_norm_stats(theta[train], data.moments.of(train))  # refuses what is constant
         norm_stats = self.norm_stats or of_train
         found = len(norm_stats.tile_mean), len(norm_stats.theta_mean)

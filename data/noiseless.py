@@ -25,7 +25,9 @@ def read_noiseless(folder: Path, tiles: Tiles) -> Tiles:
         cure = f"`python run_mock.py --noise-level {NOISELESS}` with the suite's other options makes them"
         raise UserError(f"--noiseless-tiles {folder} has no shard_*.parquet; {cure}")
     signal, _ = read_tiles_through_cache(folder, tiles.lmax, NOISELESS, tiles.nside)
-    if not all(np.array_equal(getattr(signal, name), getattr(tiles, name)) for name in ("n_bins", "keys", "params")):
+    same = all(np.array_equal(getattr(signal, name), getattr(tiles, name)) for name in ("n_bins", "keys", "params"))
+    same &= list(signal.nuisances) == list(tiles.nuisances)
+    if not (same and all(np.array_equal(signal.nuisances[n], tiles.nuisances[n]) for n in tiles.nuisances)):
         raise UserError(f"--noiseless-tiles {folder} holds other simulations than the tiles; make both from one suite")
     some = np.linspace(0, len(tiles.keys) - 1, N_CHECKED).astype(int)
     if not (np.abs(slope_on_signal(tiles.kappa[some], signal.kappa[some])) <= LARGEST_SLOPE).all():

@@ -22,7 +22,7 @@ class TileIndex:
     """What the shards of a folder hold beside the pixels, checked, and where every tile belongs.
 
     Attributes:
-        keys, params, lmax, noise_level: as in Tiles, in the canonical order.
+        keys, params, lmax, noise_level, nuisances: as in Tiles, in the canonical order.
         n_bins, nside: tomographic bins, and pixels per side of a tile.
         shards: in the order of their names.
         positions: for every shard the position in the canonical order of each of its rows.
@@ -32,6 +32,7 @@ class TileIndex:
     params: np.ndarray
     lmax: int
     noise_level: str
+    nuisances: dict[str, np.ndarray]
     n_bins: int
     nside: int
     shards: list[ShardLabels]
@@ -39,7 +40,7 @@ class TileIndex:
 
     def tiles(self, kappa: np.ndarray, digests: np.ndarray) -> Tiles:
         """The tiles, given their pixels and the digests of these."""
-        return Tiles(kappa, self.keys, self.params, self.lmax, self.noise_level, digests)
+        return Tiles(kappa, self.keys, self.params, self.lmax, self.noise_level, digests, self.nuisances)
 
 
 def shard_paths(folder: Path, lmax: int, noise_level: str) -> list[Path]:
@@ -82,12 +83,20 @@ def read_index(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Til
         if shard.n_bins != first.n_bins:
             found = f"{shard.path} has tiles of {shard.n_bins} bins, {first.path} of {first.n_bins}"
             raise UserError(f"{found}; the folder mixes two suites, separate them")
+        if list(shard.nuisances) != list(first.nuisances):
+            found = f"{shard.path} varies {_named(shard.nuisances)}, {first.path} {_named(first.nuisances)}"
+            raise UserError(f"{found}; the folder mixes two suites, separate them")
     keys, params = (np.concatenate([getattr(shard, name) for shard in shards]) for name in ("keys", "params"))
     order = np.lexsort(keys.T[::-1])  # (n,)
     _check_neighbours(keys, params, order, shards)
     positions = np.split(np.argsort(order), np.cumsum([len(shard.keys) for shard in shards])[:-1])
-    nside = nside_of(lmax, nside)
-    return TileIndex(keys[order], params[order], lmax, noise_level, first.n_bins, nside, shards, positions)
+    nuisances = {n: np.concatenate([shard.nuisances[n] for shard in shards])[order] for n in first.nuisances}
+    size = first.n_bins, nside_of(lmax, nside)
+    return TileIndex(keys[order], params[order], lmax, noise_level, nuisances, *size, shards, positions)
+
+
+def _named(nuisances: dict[str, np.ndarray]) -> str:
+    return ", ".join(nuisances) or "no nuisances"
 
 
 def _check_neighbours(keys: np.ndarray, params: np.ndarray, order: np.ndarray, shards: list[ShardLabels]) -> None:

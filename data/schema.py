@@ -1,5 +1,6 @@
 """What a tile is: columns, shapes, units, noise levels."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ LABELS = {
     "m_nu": r"m_\nu",  # in eV, the rest pure numbers
 }  # of the parameters, in TeX
 PARAM_NAMES = tuple(LABELS)  # the order of their columns everywhere
+# Columns that only suites with nuisances have: alignments, and of every bin a redshift shift and a shear bias.
+NUISANCE = re.compile(r"(A|eta)_IA|(dz|m)_[1-9]\d*")
 FOM_PARAMS = ("Omega_m", "S8")  # the Figure of Merit is always of these two
 SIMS_PER_SHARD = 50  # as in the published shards
 
@@ -49,7 +52,11 @@ def columns_of(params: np.ndarray, names: Iterable[str]) -> np.ndarray:
 
 def label_of(name: str) -> str:
     """A parameter as pictures name it."""
-    return f"${LABELS[name]}$"
+    if name in LABELS:
+        return f"${LABELS[name]}$"
+    symbol, _, of = name.partition("_")
+    symbol = {"eta": r"\eta", "dz": r"\Delta z"}.get(symbol, symbol)
+    return rf"${symbol}_{{\rm {of}}}$"
 
 
 def nside_of(lmax: int, nside: int = 0) -> int:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from common.errors import UserError
-from data.schema import KEY_NAMES, PARAM_NAMES, columns_of, s8_of
+from data.schema import KEY_NAMES, NUISANCE, PARAM_NAMES, columns_of, s8_of
 from data.shard_metadata import CONTENT_KEY, INGEST_KEY, METADATA_KEY, check_lmax, content_sha256
 
 VALUES_PER_READ = 1 << 20  # pixels at a time: what pyarrow needs beside the array grows with it
@@ -32,7 +32,7 @@ class ShardLabels:
     """The labels of one shard, in the order of its rows.
 
     Attributes:
-        keys, params, noise_level: as in Tiles.
+        keys, params, noise_level, nuisances: as in Tiles.
         n_bins: tomographic bins of its tiles.
         content: the hash of its rows that it carries; empty for published ones.
     """
@@ -41,12 +41,14 @@ class ShardLabels:
     keys: np.ndarray
     params: np.ndarray
     noise_level: str
+    nuisances: dict[str, np.ndarray]
     n_bins: int
     content: str
 
     def check(self, digests: np.ndarray) -> None:
         """Raise UserError if the hash that the shard carries is not that of its rows, given their tiles' digests."""
-        if self.content not in ("", content_sha256(digests, self.keys, self.params, self.noise_level)):
+        labels = self.keys, self.params, self.noise_level, self.nuisances
+        if self.content not in ("", content_sha256(digests, *labels)):
             raise UserError(f"{self.path} is not what was written (its hash does not fit); make or download it again")
 
 
@@ -89,38 +91,41 @@ def read_labels(path: Path, lmax: int, noise_level: str = "") -> ShardLabels:
             does not fit, or no hash in a shard that we wrote.
     """
     with opened(path, ("kappa", *FITS)) as file:
-        n_bins, table, metadata = n_bins_of(path, file), file.read(list(FITS)), file.metadata.metadata or {}
+        nuisances = [name for name in file.schema_arrow.names if NUISANCE.fullmatch(name)]
+        n_bins, metadata = n_bins_of(path, file), file.metadata.metadata or {}
+        table = file.read([*FITS, *nuisances])
     content = metadata.get(CONTENT_KEY.encode(), b"").decode(errors="replace")
     if not content and metadata.keys() & {METADATA_KEY.encode(), INGEST_KEY.encode()}:
         raise UserError(f"{path} was made here but carries no hash of its rows; make it again (--restart)")
     check_lmax(path, lmax)
-    for name, fits in FITS.items():
+    for name, fits in (FITS | dict.fromkeys(nuisances, pa.types.is_floating)).items():
         if not fits(kind := table.schema.field(name).type):
             raise UserError(f"{path}: column {name} has type {kind}; rebuild the shard (docs/data.md)")
-    keys, params = _numbers(path, table)
+    keys, params, values = _numbers(path, table, nuisances)
     levels = table["noise_level"].to_numpy()
     noise_level = noise_level or str(levels[0])
     if len(wrong := np.flatnonzero(levels != noise_level)):
         found = f"{path}, row {wrong[0]}: noise level {levels[wrong[0]]!r}, not {noise_level!r}"
         raise UserError(f"{found}; give another --noise-level or other tiles")
-    return ShardLabels(path, keys, params, noise_level, n_bins, content)
+    return ShardLabels(path, keys, params, noise_level, values, n_bins, content)
 
 
-def _numbers(path: Path, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Keys (n, 3) and params (n, 8), finite and with the S8 that follows from the others."""
-    names = (*KEY_NAMES, *PARAM_NAMES)
+def _numbers(path: Path, table: pa.Table, nuisances: list[str]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Keys (n, 3), params (n, 8) and the nuisances, finite and with the S8 that follows from the others."""
+    names = (*KEY_NAMES, *PARAM_NAMES, *nuisances)
     columns = [table[name].to_numpy() for name in names]  # what is empty becomes NaN
     if len(places := np.argwhere(~np.isfinite(np.stack(columns, axis=1)))):
         row, column = places[0]
         raise UserError(f"{path}, row {row}: {names[column]} is empty, NaN or infinite; rebuild the shard")
     keys = np.stack(columns[: len(KEY_NAMES)], axis=1).astype(np.int64)  # (n, 3)
-    params = np.stack(columns[len(KEY_NAMES) :], axis=1).astype(np.float64)  # (n, 8)
+    of_params = slice(len(KEY_NAMES), len(KEY_NAMES) + len(PARAM_NAMES))
+    params = np.stack(columns[of_params], axis=1).astype(np.float64)  # (n, 8)
     omega_m, sigma_8, given = columns_of(params, ("Omega_m", "sigma_8", "S8")).T
     s8 = s8_of(sigma_8, omega_m)
     if len(wrong := np.flatnonzero(~(np.abs(given - s8) <= S8_TOLERANCE * np.abs(s8)))):
         found = f"S8 = {given[wrong[0]]:.5f}, but sigma_8 (Omega_m/0.3)^0.5 = {s8[wrong[0]]:.5f}"
         raise UserError(f"{path}, row {wrong[0]}: {found}; rebuild the shard from a consistent table")
-    return keys, params
+    return keys, params, dict(zip(nuisances, columns[of_params.stop :], strict=True))
 
 
 def kappa_of_shard(path: Path, n_bins: int, nside: int, lmax: int) -> Iterator[np.ndarray]:

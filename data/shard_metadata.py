@@ -21,12 +21,16 @@ ORIENTATIONS_KEY = "orientations_zyz_deg"  # in that JSON: data.sky.Orientations
 CONFIGURATION = re.compile(r"lmax_(\d+)_")  # how the folder of a published configuration begins
 
 
-def content_sha256(digests: np.ndarray, keys: np.ndarray, params: np.ndarray, noise_level: str) -> str:
+def content_sha256(
+    digests: np.ndarray, keys: np.ndarray, params: np.ndarray, noise_level: str, nuisances: dict[str, np.ndarray]
+) -> str:
     """Hash of every row, however parquet lays it out: it protects from a shard that changed after it was written."""
     content = hashlib.sha256(digests.tobytes())
     content.update(keys.astype("<i8").tobytes())
     content.update(params.astype("<f8").tobytes())
     content.update(noise_level.encode())
+    for name, values in nuisances.items():
+        content.update(name.encode() + values.astype("<f8").tobytes())
     return content.hexdigest()
 
 

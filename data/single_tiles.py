@@ -43,7 +43,7 @@ def read_single_tiles(path: Path, lmax: int, nside: int, n_bins: int) -> SingleT
             raise UserError(f"{path}, tile {name}: {100 * share:.1f} % of its pixels are exactly zero; {WHOLE}")
     n = len(names)
     keys = np.arange(n)[:, None] * (1, 0, 0)  # (n, 3)
-    return SingleTiles(kappa, keys, np.full((n, len(PARAM_NAMES)), np.nan), lmax, "", None, names)
+    return SingleTiles(kappa, keys, np.full((n, len(PARAM_NAMES)), np.nan), lmax, "", names=names)
 
 
 def _of_shard(path: Path, lmax: int, nside: int, n_bins: int) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -54,6 +54,8 @@ def fingerprint_of(tiles: Tiles) -> str:
     digest.update(np.ascontiguousarray(tiles.keys, dtype="<i8").tobytes())
     digest.update(np.ascontiguousarray(tiles.params, dtype="<f8").tobytes())
     digest.update((digests_of(tiles.kappa) if tiles.digests is None else tiles.digests).tobytes())
+    for name, values in tiles.nuisances.items():
+        digest.update(name.encode() + np.ascontiguousarray(values, dtype="<f8").tobytes())
     return digest.hexdigest()
 
 

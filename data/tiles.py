@@ -1,9 +1,13 @@
 """Tiles in memory, and the hash of each tile's pixels."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from common.errors import UserError
+from data.schema import PARAM_NAMES
 
 DIGEST_SIZE = hashlib.sha256().digest_size  # bytes
 
@@ -19,6 +23,7 @@ class Tiles:
         params: float64 (n, 8), in the order of PARAM_NAMES.
         lmax, noise_level: one for all tiles.
         digests: digests_of(kappa) if it is known, as it is for tiles that were read; else None.
+        nuisances: of a survey, that the suite varies: by name, each float64 (n,).
     """
 
     kappa: np.ndarray
@@ -27,6 +32,7 @@ class Tiles:
     lmax: int
     noise_level: str
     digests: np.ndarray | None = None
+    nuisances: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def n_bins(self) -> int:
@@ -37,6 +43,18 @@ class Tiles:
     def nside(self) -> int:
         """Pixels per side of a tile."""
         return self.kappa.shape[-1]
+
+    @property
+    def labels(self) -> dict[str, np.ndarray]:
+        """All that can be inferred, by name: parameters and nuisances, each (n,)."""
+        return dict(zip(PARAM_NAMES, self.params.T, strict=True)) | self.nuisances
+
+    def columns(self, names: Iterable[str]) -> np.ndarray:
+        """The named labels (n, d); UserError if the suite does not vary such a nuisance."""
+        if absent := [name for name in names if name not in self.labels]:
+            varied = ", ".join(self.nuisances) or "no nuisances"
+            raise UserError(f"--params names {absent[0]}, which these tiles do not have (they have {varied})")
+        return np.stack([self.labels[name] for name in names], axis=1)
 
 
 def empty_kappa(n_tiles: int, n_bins: int, nside: int) -> np.ndarray:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import MISSING, dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
+from common.artifacts import NONE
 from common.errors import UserError
 from common.machine import Device
 from common.options import Config, ResultsOptions, flag_of, option, parse_args
 from compress.config import CompressorConfig, TrainingOptions
-from data.config import NoiseLevel, number_list
+from data.config import NoiseLevel, nuisance_list, number_list
 
 MIN_NUMBERS = 4  # of simulations, for a learning curve: one more than its law has constants
 
@@ -26,6 +27,7 @@ class NPEConfig(TrainingOptions):
     tiles_dir: str = option("", "another folder of tiles (default: as stage 1)", path=True)
     lmax: int | None = option(None, "checked against the checkpoint if given")
     noise_level: str | None = option(None, "checked against the checkpoint if given")
+    nuisance: str | None = option(None, "checked against the checkpoint if given")
     max_epochs: int = option(500, "train at most so many epochs", above=0)
     batch_size: int = option(256, "tiles per step", above=0)
     patience: int = option(30, "stop after so many epochs without a lower loss on the test split", above=0)
@@ -53,16 +55,19 @@ class NPEConfig(TrainingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(ResultsOptions):
-    """Both stages for several lmax and several seeds: the Figure of Merit against lmax, or a learning curve."""
+    """Both stages for several lmax, nuisances and seeds: the Figure of Merit of each, or a learning curve."""
 
     lmax: str = option("200,400,600", "largest multipoles, with commas between them; the tiles of each must be there")
-    seeds: int = option(3, "so many seeds at every lmax", above=0)
+    nuisance: str = option(NONE, "nuisances that the tiles vary, as run_mock.py has them; several with commas")
+    seeds: int = option(3, "so many seeds of each", above=0)
     seed: int = option(42, "the first of them; the others follow", at_least=0)
     noise_level: NoiseLevel = option("des_y3", "shape noise of the tiles")
     stage_1: str = option("", "further options of run_compressor.py, in quotes", quotes=CompressorConfig)
     stage_2: str = option("", "further options of run_npe.py, in quotes", quotes=NPEConfig)
     n_sims: str = option("", "learning curve: train on subsets of so many simulations, with commas between them")
-    name: str = option("sweep", "name of the sweep; its runs are named {name}_lmax{lmax}_seed{seed}", plain_name=True)
+    name: str = option(
+        "sweep", "name of the sweep; its runs are named {name}_lmax{lmax}_{nuisance}_seed{seed}", plain_name=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +94,8 @@ class SweepConfig(ResultsOptions):
         A learning curve has two rounds: both stages with every number of simulations, the largest first; then stage
         2 alone, on the compressor of the largest.
         """
-        points = [(lmax, self.seed + k) for lmax in number_list("--lmax", self.lmax) for k in range(self.seeds)]
+        seeds = range(self.seed, self.seed + self.seeds)
+        points = list(product(number_list("--lmax", self.lmax), nuisance_list(self.nuisance), seeds))
         if not self.n_sims:
             return [[SweepRun(self, *point) for point in points]]
         *smaller, largest = self.numbers
@@ -108,6 +114,7 @@ class SweepRun:
 
     sweep: SweepConfig
     lmax: int
+    nuisance: str
     seed: int
     n_sims: int = 0
     compressor_n_sims: int = 0
@@ -121,7 +128,8 @@ class SweepRun:
     def compressor_tag(self) -> str:
         """Name of stage 1's folder."""
         subset = f"_n{self.compressor_n_sims}" if self.compressor_n_sims else ""
-        return f"{self.sweep.name}_lmax{self.lmax}_seed{self.seed}{subset}"
+        nuisance = "" if self.nuisance == NONE else f"_{self.nuisance}"
+        return f"{self.sweep.name}_lmax{self.lmax}{nuisance}_seed{self.seed}{subset}"
 
     @property
     def tag(self) -> str:
@@ -135,7 +143,8 @@ class SweepRun:
         simulations would change.
         """
         subset = {"n_sims": self.compressor_n_sims, "split_seed": self.seed} if self.n_sims else {}
-        given = {"lmax": self.lmax, "noise_level": self.sweep.noise_level, "tag": self.compressor_tag, **subset}
+        given = {"lmax": self.lmax, "noise_level": self.sweep.noise_level, "nuisance": self.nuisance}
+        given |= {"tag": self.compressor_tag, **subset}
         return self._parsed(CompressorConfig, "stage_1", given)
 
     def npe(self, ckpt: str) -> NPEConfig:

@@ -10,7 +10,6 @@ from common.versions import versions
 from compress.model import TrainedCompressor
 from data.dataset import whole_dataset
 from data.module import SplitTiles
-from data.schema import columns_of
 from data.split import fingerprint_of
 from data.tiles import Tiles
 from npe.calibration import calibrate, recalibrate, squared_distances
@@ -105,7 +104,7 @@ def _calibration(
     else:
         dataset = whole_dataset(fresh, data.params, data.norm_stats, run.last.device, model.dtype, run.config.tiles_on)
         posterior, name = run.posterior(npe, CompressedTileDataset(dataset, model)), run.config.calibration_tiles
-        theta, sim_id = columns_of(fresh.params, data.params), fresh.keys[:, 0]
+        theta, sim_id = fresh.columns(data.params), fresh.keys[:, 0]
     calibration = calibrate(posterior, theta, sim_id, rng, fom=fom, tiles=name, optimistic=fresh is None)
     return calibration, squared_distances(posterior, theta)
 

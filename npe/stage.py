@@ -52,7 +52,7 @@ def run_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: None)
         fixed = {"precision": name_of_dtype(compressor.model.dtype), "compressor": compressor.sha256}
         last = LastCheckpoint(folder, config, fixed, CHECKPOINT_NAME, device, on_checkpoint)
         data = read_tiles_of(compressor, config, results_dir, device)
-        fresh = read_calibration_tiles(config, data, compressor.seen)
+        fresh = read_calibration_tiles(config, data, compressor.seen, compressor.config.nuisance)
         if not last.can_resume(data.fingerprints):
             make_empty_folder(folder)
 
@@ -77,7 +77,7 @@ def _results_dir_of(compressor_run: Path) -> Path:
 def _check_against(config: NPEConfig, compressor: TrainedCompressor) -> None:
     if not Path(config.ckpt).with_name(COMPRESSOR_RESULT_NAME).exists():
         warn(f"the training of {config.ckpt} has not finished; give its command again, and then this one")
-    for name in ("lmax", "noise_level"):
+    for name in ("lmax", "noise_level", "nuisance"):
         given, found = getattr(config, name), getattr(compressor.config, name)
         if given not in (None, found):
             raise UserError(f"{flag_of(name)} {given}: {config.ckpt} was trained at {found}; give another --ckpt")
@@ -131,12 +131,16 @@ def _with_subset(data: SplitTiles, n_sims: int) -> SplitTiles:
     return replace(data, npe_train_ds=npe_train, test_ds=test)
 
 
-def read_calibration_tiles(config: NPEConfig, data: SplitTiles, seen: np.ndarray) -> Tiles | None:
-    """The tiles of --calibration-tiles; UserError for bad shards, or a cosmology among those that were seen (n, 8)."""
+def read_calibration_tiles(config: NPEConfig, data: SplitTiles, seen: np.ndarray, nuisance: str) -> Tiles | None:
+    """The tiles of --calibration-tiles; UserError for bad shards, or a cosmology among those that were seen (n, 8).
+
+    They must vary the same nuisances.
+    """
     if not config.calibration_tiles:
         return None
-    folder = named_folder(config.calibration_tiles, data.tiles.lmax, data.tiles.noise_level)
-    tiles, _ = read_tiles_through_cache(folder, data.tiles.lmax, data.tiles.noise_level, data.tiles.nside)
+    wanted = data.tiles.lmax, data.tiles.noise_level
+    folder = named_folder(config.calibration_tiles, *wanted, nuisance)
+    tiles, _ = read_tiles_through_cache(folder, *wanted, data.tiles.nside)
     if not set(map(tuple, seen.tolist())).isdisjoint(map(tuple, tiles.params.tolist())):
         raise UserError(
             f"--calibration-tiles {config.calibration_tiles} shares cosmologies with the training tiles; "
@@ -150,6 +154,10 @@ def read_calibration_tiles(config: NPEConfig, data: SplitTiles, seen: np.ndarray
     if tiles.n_bins != data.tiles.n_bins:
         found = f"--calibration-tiles has {tiles.n_bins} bins, the run's tiles have {data.tiles.n_bins}"
         raise UserError(f"{found}; give simulations of the same survey")
+    if list(tiles.nuisances) != list(data.tiles.nuisances):
+        raise UserError(
+            f"--calibration-tiles {folder} does not vary the run's nuisances, {nuisance}; give tiles that do"
+        )
     return tiles
 
 

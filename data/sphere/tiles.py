@@ -5,7 +5,7 @@ from functools import cache
 import ducc0
 import numpy as np
 
-from data.schema import FACES
+from data.schema import FACES, N_ORIENTATIONS
 from data.sky import ORIENTATIONS
 
 
@@ -24,15 +24,17 @@ def _rings(nside: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def tiles_of_alm(alm: np.ndarray, lmax: int, nside: int, geometry: str) -> np.ndarray:
-    """Cut the twelve tiles, float32 (12, n_bins, N, N) with N = nside, from full skies alm (n_bins, n_alm) up to lmax.
+    """Cut the twelve tiles, float32 (12, n_bins, N, N) with N = nside, from full skies alm up to lmax.
 
-    Orientation 0 with faces 4, 5, 6, 7, then orientation 1, then 2. Rows are the y and columns the x of the HEALPix xyf
-    scheme. `geometry` is a key of ORIENTATIONS.
+    The skies are (n_bins, n_alm), or (3, n_bins, n_alm) if every orientation has its own. Orientation 0 with faces 4,
+    5, 6, 7, then orientation 1, then 2. Rows are the y and columns the x of the HEALPix xyf scheme. `geometry` is a key
+    of ORIENTATIONS.
     """
     ring, pixel = _rings(nside)
     tiles = []
-    for angles in np.radians(ORIENTATIONS[geometry]):
-        turned = np.stack([ducc0.sht.rotate_alm(a, lmax, *angles, nthreads=1) for a in alm]) if angles.any() else alm
+    skies = np.broadcast_to(alm, (N_ORIENTATIONS, *alm.shape[-2:]))
+    for angles, full in zip(np.radians(ORIENTATIONS[geometry]), skies, strict=True):
+        turned = np.stack([ducc0.sht.rotate_alm(a, lmax, *angles, nthreads=1) for a in full]) if angles.any() else full
         sky = ducc0.sht.synthesis(alm=turned[:, None], spin=0, lmax=lmax, nthreads=1, **ring)[:, 0]  # (bins, pixels)
         tiles.append(sky[:, pixel].transpose(1, 0, 2, 3))  # (bins, faces, N, N) -> (faces, bins, N, N)
     return np.concatenate(tiles).astype(np.float32)  # (12, n_bins, N, N)
