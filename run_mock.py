@@ -10,17 +10,18 @@ from common.command import Command
 from data.mock.config import MockConfig
 
 
-def report(result: dict[str, Any]) -> None:
+def report(results: list[dict[str, Any]]) -> None:
     """What the user waited for."""
-    print(
-        f"{result['n_sims']} simulations, {result['n_tiles']} tiles of {result['nside']} x {result['nside']} pixels, "
-        f"{result['elapsed_s']:.0f} s\n"
-        f"tiles     {result['folder']}\n"
-        f"picture   {result['folder']}/suite.png"
-    )
+    for one in results:
+        print(
+            f"{one['n_sims']} simulations, {one['n_tiles']} tiles of {one['nside']} x {one['nside']} pixels, "
+            f"{one['elapsed_s']:.0f} s\n"
+            f"tiles     {one['folder']}\n"
+            f"picture   {one['folder']}/suite.png"
+        )
 
 
-COMMAND = Command("mock", MockConfig, "data.mock.suite.build_suite", report, machine="cpu")
+COMMAND = Command("mock", MockConfig, "data.mock.suite.build_suites", report, machine="cpu")
 main, app = COMMAND.main, COMMAND.modal_app()
 
 if __name__ == "__main__":

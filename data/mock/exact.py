@@ -1,18 +1,23 @@
 """The exact posterior of (Omega_m, S8) from flat Gaussian tiles, on a grid or by importance sampling."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.interpolate import RegularGridInterpolator
 from scipy.special import logsumexp
 from scipy.stats import qmc
 
 from common.progress import Progress
-from data.mock.cosmology import FIDUCIAL, OMEGA_M_RANGE, S8_EDGES, prior_density, prior_quantile
+from data.mock.cosmology import FIDUCIAL, FIDUCIAL_COSMO, OMEGA_M_RANGE, S8_EDGES, prior_density, prior_quantile
 from data.mock.flat import modes_of
+from data.mock.limber import spectra_ratio
 from data.mock.nz import N_BINS
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, cl_matrix, theory_cl_at
+from data.nuisance import Nuisance, Prior
 from data.schema import noise_cl
 
+N_RESPONSE = (10, 12)  # cosmologies in Omega_m and S8 at which the response to alignments is computed
 N_GRID = (240, 320)  # cells in Omega_m and S8 over the prior's range: a fifth of a typical sigma
 CHUNK = 512  # cosmologies at a time
 NEGLIGIBLE = 1e-9  # of the largest weight
@@ -20,11 +25,16 @@ NEGLIGIBLE = 1e-9  # of the largest weight
 
 @dataclass(frozen=True)
 class WeightedPoints:
-    """Cosmologies (n, 7) whose weights (n,) make them stand for the prior; `cell`, the area of a grid's cells, or 0."""
+    """Cosmologies (n, 7) whose weights (n,) make them stand for the prior; `cell`, the area of a grid's cells, or 0.
+
+    Where nuisances vary, each point also has an amplitude of alignments (n,) and shear biases (n, 4).
+    """
 
     cosmo: np.ndarray
     weight: np.ndarray
     cell: float
+    a_ia: np.ndarray | None = None
+    m: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -69,26 +79,69 @@ def draws_from_prior(n_log2: int, seed: int) -> WeightedPoints:
     return WeightedPoints(cosmo, weight, 0.0)
 
 
-def log_likelihood(cosmo: np.ndarray, powers: np.ndarray, noise_level: str, lmax: int, nside: int) -> np.ndarray:
-    """ln p(tile | cosmology) up to a constant of the data, (n_cosmo, n_tiles).
+def draws_with_nuisances(n_log2: int, seed: int, priors: dict[str, Prior]) -> WeightedPoints:
+    """2^n_log2 points in (Omega_m, S8), uniform and weighted to the prior, A_IA and the m of their priors."""
+    names = ["A_IA", *(f"m_{a + 1}" for a in range(N_BINS))]
+    v = qmc.Sobol(2 + len(names), rng=np.random.default_rng(seed)).random_base2(n_log2)  # (n, 7)
+    theta_range = np.array([OMEGA_M_RANGE, (S8_EDGES[0], S8_EDGES[-1])])
+    cosmo = np.tile(FIDUCIAL_COSMO, (len(v), 1))
+    cosmo[:, :2] = theta_range[:, 0] + v[:, :2] * np.ptp(theta_range, axis=1)
+    weight = prior_density(cosmo[:, :2]) * np.prod(np.ptp(theta_range, axis=1)) / len(v)
+    a_ia, *m = (priors[name].quantile(np.clip(u, 1e-12, 1)) for name, u in zip(names, v[:, 2:].T, strict=True))
+    return WeightedPoints(cosmo, weight, 0.0, a_ia, np.stack(m, axis=1))
+
+
+def response_of(points: WeightedPoints, ell: np.ndarray) -> Callable[[slice], np.ndarray]:
+    """What the nuisances of some of the points multiply their spectra by: slice -> (n, 10, n_ell).
+
+    In the amplitude a spectrum is a parabola, whose two coefficients are smooth in (Omega_m, S8): they are computed on
+    a grid. Other parameters are fiducial, and the alignments do not evolve.
+    """
+    amplitude, bias = points.a_ia, points.m
+    if amplitude is None or bias is None:
+        return lambda some: np.ones(1)
+    axes = [np.linspace(*OMEGA_M_RANGE, N_RESPONSE[0]), np.linspace(S8_EDGES[0], S8_EDGES[-1], N_RESPONSE[1])]
+    zero, table = np.zeros(N_BINS), np.empty((*N_RESPONSE, 2, len(BIN_PAIRS), len(ell)))
+    both = [Nuisance(zero, zero, a_ia, 0.0) for a_ia in (1.0, -1.0)]
+    for place in np.ndindex(N_RESPONSE):
+        cosmo = FIDUCIAL_COSMO.copy()
+        cosmo[:2] = axes[0][place[0]], axes[1][place[1]]
+        plus, minus = spectra_ratio(cosmo, both, ell)
+        table[place] = (plus - minus) / 2, (plus + minus) / 2 - 1
+    interpolated = RegularGridInterpolator(axes, table, method="cubic")
+    first, second = np.array(BIN_PAIRS).T
+
+    def response(some: slice) -> np.ndarray:
+        a_ia, scale = amplitude[some, None, None], 1 + bias[some]  # (n, 1, 1), (n, 4)
+        linear, square = interpolated(points.cosmo[some, :2]).swapaxes(0, 1)  # (n, 10, n_ell) each
+        ratio = 1 + a_ia * linear + a_ia**2 * square
+        return ratio * (scale[:, first] * scale[:, second])[..., None]
+
+    return response
+
+
+def log_likelihood(points: WeightedPoints, powers: np.ndarray, noise_level: str, lmax: int, nside: int) -> np.ndarray:
+    """ln p(tile | point) up to a constant of the data, (n_points, n_tiles).
 
     With m modes at an ell, D = C_ell + N_ell and P the mean of a a^dagger over them, the complex normal modes give
-    -m (ln det D + tr(D^-1 P)). cosmo is (n_cosmo, 7); powers, from `powers_of`, are (n_tiles, 10, n_ell).
+    -m (ln det D + tr(D^-1 P)). The powers (n_tiles, 10, n_ell) are those of `powers_of`.
     """
-    modes = modes_of(lmax, nside)
+    modes, cosmo = modes_of(lmax, nside), points.cosmo
+    response = response_of(points, modes.ell)
     noise = np.diag(noise_cl(noise_level, N_BINS))
     twice_off_diagonal = np.array([1.0 if i == j else 2.0 for i, j in BIN_PAIRS])
     data = powers.reshape(len(powers), -1).T  # (10 * n_ell, n_tiles)
     out = np.empty((len(cosmo), len(powers)))
     with Progress("likelihood", len(cosmo), "cosmologies") as progress:
         for start in range(0, len(cosmo), CHUNK):
-            cl = theory_cl_at(cosmo[start : start + CHUNK], modes.ell)  # (n, 10, n_ell)
+            some = slice(start, start + CHUNK)
+            cl = theory_cl_at(cosmo[some], modes.ell) * response(some)  # (n, 10, n_ell)
             covariance = np.stack([cl_matrix(c) for c in cl]) + noise  # (n, n_ell, 4, 4)
             inverse = np.linalg.inv(covariance)
             weight = np.stack([inverse[..., i, j] for i, j in BIN_PAIRS], axis=1)  # (n, 10, n_ell)
             weight *= twice_off_diagonal[:, None] * modes.count
             log_det = np.linalg.slogdet(covariance)[1] @ modes.count  # (n,)
-            out[start : start + CHUNK] = -(weight.reshape(len(cl), -1) @ data) - log_det[:, None]
+            out[some] = -(weight.reshape(len(cl), -1) @ data) - log_det[:, None]
             progress.advance(len(cl))
     return out
 

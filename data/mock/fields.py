@@ -1,13 +1,16 @@
 """Full-sky convergence of a cosmology as spherical-harmonic coefficients alm, in the order of data.sphere.harmonics."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import ducc0
 import numpy as np
 
+from data.mock.limber import spectra_ratio
 from data.mock.shift import lognormal_shift
-from data.mock.theory import BIN_PAIRS, cl_matrix, theory_cl
-from data.sphere.harmonics import gaussian_alm
+from data.mock.theory import BIN_PAIRS, cl_matrix, theory_cl, theory_cl_at
+from data.nuisance import Nuisance
+from data.sphere.harmonics import ell_of_alm, gaussian_alm
 
 # The lognormal field lives on multipoles up to this times lmax, so that its transform to the
 # Gaussian field and back loses nothing that reaches the tiles' own multipoles.
@@ -76,3 +79,37 @@ def signal_alm(cosmo: np.ndarray, field: str, lmax: int, rng: np.random.Generato
     if field == "gaussian":
         return gaussian_alm(covariance_root(cl), rng)
     return lognormal_alm(cl, lognormal_shift(cosmo), lmax, rng)
+
+
+def transport(cl: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Matrices T with T C T = C', from spectra cl to the target (10, n_ell): symmetric, (n_ell, 4, 4).
+
+    Of all that turn fields of covariance C into fields of covariance C' it moves them least: the optimal transport of
+    one Gaussian to another, C^-1/2 (C^1/2 C' C^1/2)^1/2 C^-1/2.
+    """
+    value, vector = np.linalg.eigh(cl_matrix(cl))  # (n_ell, 4), (n_ell, 4, 4)
+    root, inverse = (np.einsum("lik,lk,ljk->lij", vector, value**power, vector) for power in (0.5, -0.5))
+    value, vector = np.linalg.eigh(root @ cl_matrix(target) @ root)
+    middle = np.einsum("lik,lk,ljk->lij", vector, np.sqrt(np.maximum(value, 0)), vector)
+    return inverse @ middle @ inverse
+
+
+def responses(cosmo: np.ndarray, nuisances: Sequence[Nuisance], ell: np.ndarray) -> list[np.ndarray | None]:
+    """For every nuisance the matrices (n_ell, 4, 4) that give a sky of lensing its spectra; None if nothing changes.
+
+    The sky's random phases stay what they are. A lognormal sky stays lognormal only nearly, its bins being mixed.
+    """
+    if not any(nuisance.changes_kernels or nuisance.m.any() for nuisance in nuisances):
+        return [None] * len(nuisances)
+    cl, found = theory_cl_at(cosmo, ell)[0], []
+    for nuisance, ratio in zip(nuisances, spectra_ratio(cosmo, nuisances, ell), strict=True):
+        matrix = transport(cl, cl * ratio) if nuisance.changes_kernels else np.eye(len(nuisance.m))
+        found.append((1 + nuisance.m[:, None]) * np.broadcast_to(matrix, (len(ell), *matrix.shape[-2:])))
+    return found
+
+
+def with_nuisances(alm: np.ndarray, cosmo: np.ndarray, nuisances: Sequence[Nuisance], lmax: int) -> np.ndarray:
+    """The sky of every nuisance (n, 4, n_alm), from that of lensing alone (4, n_alm), of a cosmology (7,)."""
+    place = np.maximum(ell_of_alm(lmax), 2) - 2  # ell = 0 and 1, which have no power, as 2
+    found = responses(cosmo, nuisances, np.arange(2, lmax + 1))
+    return np.stack([alm if r is None else np.einsum("aij,ja->ia", r[place], alm) for r in found])

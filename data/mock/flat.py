@@ -5,6 +5,7 @@ The coefficients of different n are independent, those of the four bins complex 
 (C_ell + N_ell) / L^2 at ell = 2 pi |n| / L. Modes go up to lmax, and stay below the pixels' Nyquist frequency.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,9 +13,10 @@ import numpy as np
 import scipy.fft
 from numpy.random import Generator
 
-from data.mock.fields import covariance_root
+from data.mock.fields import covariance_root, responses
 from data.mock.nz import N_BINS
 from data.mock.theory import BIN_PAIRS, theory_cl_at
+from data.nuisance import Nuisance
 from data.schema import noise_cl
 
 SIDE = np.sqrt(np.pi / 3)  # [rad]
@@ -44,8 +46,11 @@ def modes_of(lmax: int, nside: int) -> Modes:
     return Modes(inside, half, group, 2 * np.pi / SIDE * np.sqrt(distinct), count)
 
 
-def _coloured(root: np.ndarray, modes: Modes, n_tiles: int, rng: Generator) -> np.ndarray:
-    """Coefficients L a_n, complex (n_tiles, 4, N, N // 2 + 1), of real fields; C_ell = root root^T (n_ell, 4, 4)."""
+def _coloured(roots: Sequence[np.ndarray], modes: Modes, n_tiles: int, rng: Generator) -> np.ndarray:
+    """Coefficients L a_n, complex (n_tiles, 4, N, N // 2 + 1), of real fields; C_ell = root root^T (n_ell, 4, 4).
+
+    Each root is that of as many tiles as of every other.
+    """
     nside = len(modes.half)
     white = rng.standard_normal((n_tiles, N_BINS, nside, nside))  # its transform has <|w_n|^2> = N^2
     a = scipy.fft.rfft2(white) / nside  # (n_tiles, 4, N, N // 2 + 1)
@@ -55,7 +60,8 @@ def _coloured(root: np.ndarray, modes: Modes, n_tiles: int, rng: Generator) -> n
     group[modes.half] = modes.group
     group = np.where(modes.half, group, group[-np.arange(nside) % nside])[row, col]  # (n_inside,)
     coloured = np.zeros_like(a)
-    coloured[:, :, row, col] = np.einsum("kij,njk->nik", root[group], a[:, :, row, col])
+    for root, some in zip(roots, np.split(np.arange(n_tiles), len(roots)), strict=True):
+        coloured[some[:, None], :, row, col] = np.einsum("kij,njk->nki", root[group], a[some][:, :, row, col])
     return coloured
 
 
@@ -67,12 +73,18 @@ def flat_tiles(
     n_tiles: int,
     signal_rng: Generator,
     noise_rng: Generator,
+    nuisances: Sequence[Nuisance] = (),
 ) -> np.ndarray:
-    """Independent tiles of one cosmology (7,), signal and noise: float32 (n_tiles, 4, N, N)."""
+    """Independent tiles of one cosmology (7,), signal and noise: float32 (n_tiles, 4, N, N).
+
+    Each of the nuisances, if there are any, is that of as many tiles as every other.
+    """
     modes = modes_of(lmax, nside)
     signal_root = covariance_root(theory_cl_at(cosmo, modes.ell)[0])  # (n_ell, 4, 4)
     noise_root = np.broadcast_to(np.diag(np.sqrt(noise_cl(noise_level, N_BINS))), signal_root.shape)
-    a = _coloured(signal_root, modes, n_tiles, signal_rng) + _coloured(noise_root, modes, n_tiles, noise_rng)
+    found = responses(cosmo, nuisances, modes.ell) if nuisances else [None]
+    roots = [signal_root if response is None else response @ signal_root for response in found]
+    a = _coloured(roots, modes, n_tiles, signal_rng) + _coloured([noise_root], modes, n_tiles, noise_rng)
     # irfft2 divides by N^2, which the sum over modes does not.
     return (scipy.fft.irfft2(a, s=(nside, nside)) * nside**2 / SIDE).astype(np.float32)  # (n_tiles, 4, N, N)
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from common.interrupt import result_of
 from common.lock import exclusive
 from common.machine import usable_cores
 from common.progress import Progress
+from data.config import nuisance_list
 from data.mock.config import MockConfig
 from data.mock.cosmology import FIDUCIAL_COSMO, design, params_of
 from data.mock.fields import band_of
+from data.mock.nz import N_BINS, nz_of_bins
+from data.mock.shift import N_Z, Z_MAX
 from data.mock.simulation import Simulation, simulate
 from data.mock.theory import theory_cl
+from data.nuisance import Prior, check_shifts, described, draw, priors_of, read_priors
 from data.schema import SIMS_PER_SHARD, TILES_PER_SIM, nside_of, tile_keys
 from data.shard_metadata import METADATA_KEY
 from data.suite_folder import describe, finish_suite, finished_shards
@@ -27,6 +32,14 @@ from data.write_shards import open_shard
 
 FRESH_SEED_OFFSET = 1_000_000_007  # far from any seed that a user would give
 DESCRIBED = ("lmax", "nside", "noise_level", "n_sims", "field", "vary", "seed", "fresh", "fiducial_sim_id")
+
+
+def build_suites(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """A suite with each --nuisance, one after the other; what is refused is refused before the first is begun."""
+    configs = [replace(config, nuisance=one) for one in nuisance_list(config.nuisance)]
+    for one in configs:
+        _jobs(one)
+    return [build_suite(one, on_checkpoint) for one in configs]
 
 
 def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -41,33 +54,46 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
         UserError: the folder holds other shards, or cannot be written.
     """
     start = time.monotonic()
-    folder = tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level, fresh=config.fresh)
-    nside = nside_of(config.lmax, config.nside)
-    seed = config.seed + FRESH_SEED_OFFSET * config.fresh
-    sim_ids, cosmologies = design(config.n_sims, seed, None if config.fresh else config.fiducial_sim_id, config.vary)
-    theory_cl(cosmologies[:1], band_of(config.lmax, config.field))  # refuses an lmax beyond the table
-    jobs = [
-        Simulation(int(sim_id), cosmo, config.field, config.noise_level, config.lmax, nside, config.geometry, seed)
-        for sim_id, cosmo in zip(sim_ids, cosmologies, strict=True)
-    ]
+    where = config.tiles_dir, config.results_dir, config.lmax, config.noise_level
+    folder = tiles_folder(*where, config.nuisance, fresh=config.fresh)
+    jobs, priors = _jobs(config)
     # So that shards of an earlier version, whose shift was one for all cosmologies, are not mixed with these.
     shift = {"lognormal_shift": "of each cosmology"} if config.field == "lognormal" else {}
-    description = describe(config.geometry, {name: getattr(config, name) for name in DESCRIBED} | shift)
+    varied = described(priors)
+    description = describe(config.geometry, {name: getattr(config, name) for name in DESCRIBED} | shift | varied)
     with exclusive(folder):
         finished = finished_shards(folder, description, config.restart)
         batches = [jobs[first : first + SIMS_PER_SHARD] for first in range(0, len(jobs), SIMS_PER_SHARD)]
         shards = {folder / f"shard_{k:04d}.parquet": batch for k, batch in enumerate(batches)}
         if missing := {path: batch for path, batch in shards.items() if path not in finished}:
             _simulate_shards(missing, description, config.workers or usable_cores(), on_checkpoint)
-        finish_suite(folder, params_of(cosmologies), params_of(FIDUCIAL_COSMO[None])[0])
+        finish_suite(folder, params_of(np.stack([job.cosmo for job in jobs])), params_of(FIDUCIAL_COSMO[None])[0])
         on_checkpoint()
     return {
         "folder": str(folder),
         "n_sims": config.n_sims,
         "n_tiles": config.n_sims * TILES_PER_SIM,
-        "nside": nside,
+        "nside": jobs[0].nside,
         "elapsed_s": round(time.monotonic() - start, 1),
     }
+
+
+def _jobs(config: MockConfig) -> tuple[list[Simulation], dict[str, Prior]]:
+    """Its simulations, and the priors of the nuisances that vary; UserError for an lmax or priors that will not do."""
+    nside = nside_of(config.lmax, config.nside)
+    seed = config.seed + FRESH_SEED_OFFSET * config.fresh
+    fiducial = None if config.fresh else config.fiducial_sim_id
+    sim_ids, cosmologies = design(config.n_sims, seed, fiducial, config.vary)
+    theory_cl(cosmologies[:1], band_of(config.lmax, config.field))  # refuses an lmax beyond the table
+    priors = priors_of(config.nuisance, read_priors(config.nuisance_priors), N_BINS)
+    draws = [draw(priors, seed, int(sim_id), fiducial=sim_id == fiducial) for sim_id in sim_ids]
+    check_shifts(z := np.linspace(0, Z_MAX, N_Z), nz_of_bins(z), draws)
+    options = config.field, config.noise_level, config.lmax, nside, config.geometry, seed
+    jobs = [
+        Simulation(int(sim_id), cosmo, *options, nuisances)
+        for sim_id, cosmo, nuisances in zip(sim_ids, cosmologies, draws, strict=True)
+    ]
+    return jobs, priors
 
 
 def _simulate_shards(
@@ -88,7 +114,8 @@ def _simulate_shards(
                 shard = opened.enter_context(open_shard(path, {METADATA_KEY: description}))
                 for job in batch:
                     params = np.tile(params_of(job.cosmo[None]), (TILES_PER_SIM, 1))  # (12, 8)
-                    shard.write(next(simulated), tile_keys(job.sim_id), params, job.noise_level)
+                    nuisances = {name: np.repeat(of, TILES_PER_SIM // len(of)) for name, of in job.nuisances.items()}
+                    shard.write(next(simulated), tile_keys(job.sim_id), params, job.noise_level, nuisances)
                     progress.advance()
                     if syncing.done():
                         syncing = disk.submit(shard.sync)

@@ -1,0 +1,220 @@
+"""Nuisances of a survey: spectra against pyccl, maps against both, draws, columns, and all that is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL_LMAX, SMALL_SUITE
+from fake_lightcones import lensing_cl
+
+from common.artifacts import tiles_folder
+from common.errors import UserError
+from data.cache import read_tiles_through_cache
+from data.mock.config import MockConfig
+from data.mock.cosmology import FIDUCIAL_COSMO, design
+from data.mock.fields import transport
+from data.mock.limber import spectra_ratio
+from data.mock.nz import N_BINS
+from data.mock.suite import build_suite
+from data.mock.theory import COSMO_NAMES, cl_matrix, theory_cl_at
+from data.nuisance import Nuisance, draw, growth, priors_of, read_priors
+from data.read_shards import read_tiles
+from data.tiles import Tiles
+from npe.result import read_fom_result
+
+ELL = np.array([10.0, 20, 50, 100, 200, 500, 1000])  # as far as the largest published lmax
+ZERO = np.zeros(N_BINS)
+DZ_SIGMA = np.array([prior.b for name, prior in read_priors("").items() if name.startswith("dz")])
+
+
+def parts(spectra: Callable[[Nuisance], np.ndarray], dz: np.ndarray, eta: float) -> dict[str, np.ndarray]:
+    """GG, GI and II of amplitude one, as spectra are quadratic in the amplitude."""
+    none, plus, minus = (spectra(Nuisance(ZERO, dz, a, eta)) for a in (0.0, 1.0, -1.0))
+    return {"GG": none, "GI": (plus - minus) / 2, "II": (plus + minus) / 2 - none}
+
+
+@pytest.mark.parametrize(("number", "shift", "eta"), [(0, 0, 0.0), (3, 2, 0.0), (5, -2, 2.0), (11, 1, -3.0)])
+def test_every_spectrum_agrees_with_pyccl_at_draws_that_the_tables_were_not_made_from(
+    number: int, shift: float, eta: float
+) -> None:
+    cosmo = FIDUCIAL_COSMO if number == 0 else design(16, 5, None)[1][number]
+    bare = lensing_cl(cosmo, ELL)
+    expected = parts(lambda nuisance: lensing_cl(cosmo, ELL, nuisance), shift * DZ_SIGMA, eta)
+    found = parts(lambda n: spectra_ratio(cosmo, [n], ELL)[0] * bare, shift * DZ_SIGMA, eta)
+    for name in expected:
+        worst = np.abs(found[name] / expected[name] - 1).max()
+        assert worst <= 0.01, (name, worst, dict(zip(COSMO_NAMES, cosmo, strict=True)))
+    assert (found["GI"] < 0).all()
+    assert (found["II"] > 0).all()
+
+
+def test_growth_agrees_with_its_integral_where_that_holds() -> None:
+    """For w = -1 the growing mode is H int da / (a H)^3 (Heath 1977, MNRAS 179, 351)."""
+    from scipy.integrate import quad
+
+    def integral(z: float) -> float:
+        expansion = lambda a: np.sqrt(0.3 / a**3 + 0.7)  # noqa: E731
+        a = 1 / (1 + z)
+        return float(expansion(a) * quad(lambda x: (x * expansion(x)) ** -3, 0, a)[0])
+
+    z = np.array([0.1, 0.5, 1.0, 3.0])
+    np.testing.assert_allclose(growth(z, 0.3, -1.0), [integral(one) / integral(0.0) for one in z], rtol=1e-6)
+
+
+def test_the_sky_with_nuisances_has_their_spectra_and_moves_no_more_than_it_must() -> None:
+    cl = theory_cl_at(FIDUCIAL_COSMO, ELL)[0]
+    target = cl * spectra_ratio(FIDUCIAL_COSMO, [Nuisance(ZERO, DZ_SIGMA, 2.0, -1.0)], ELL)[0]
+    matrix = transport(cl, target)
+    np.testing.assert_allclose(matrix @ cl_matrix(cl) @ matrix, cl_matrix(target), rtol=1e-8, atol=1e-20)
+    np.testing.assert_allclose(transport(cl, cl), np.broadcast_to(np.eye(N_BINS), matrix.shape), atol=1e-9)
+    # Any other root is another rotation of the bins, and moves the sky more: <|T a - a|^2>.
+    angle = 0.1
+    turn = np.eye(N_BINS)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    root = np.linalg.cholesky(cl_matrix(target)) @ turn @ np.linalg.inv(np.linalg.cholesky(cl_matrix(cl)))
+    moved = [np.einsum("lij,ljk,lik->l", t - np.eye(N_BINS), cl_matrix(cl), t - np.eye(N_BINS)) for t in (matrix, root)]
+    assert (moved[0] < moved[1]).all()
+
+
+SUITE = ("--lmax", SMALL_LMAX, "--noise-level", "des_y3", "--n-sims", 3, "--workers", 1)
+
+
+@pytest.mark.parametrize("geometry", ["disjoint", "flat"])
+def test_zero_width_gives_the_bare_suite_to_the_bit(geometry: str, run_command: Callable, tmp_path: Path) -> None:
+    priors = tmp_path / "priors.txt"
+    names = [*(f"{kind}_{a}" for kind in ("m", "dz") for a in range(1, 5)), "A_IA", "eta_IA"]
+    priors.write_text("\n".join(f"{name} normal 0 0  # fixed" for name in names))
+    field = ("--field", "gaussian", "--geometry", geometry) if geometry == "flat" else ()
+    suite = ("run_mock.py", *SUITE, *field, "--results-dir", tmp_path)
+    assert run_command(*suite, "--nuisance", "none,all", "--nuisance-priors", priors)[0] == 0
+    bare, zero = (
+        read_tiles(tmp_path / f"tiles/lmax_{SMALL_LMAX}_des_y3{n}", SMALL_LMAX, "des_y3") for n in ("", "_all")
+    )
+    np.testing.assert_array_equal(bare.kappa, zero.kappa)
+    assert not bare.nuisances
+    assert sorted(zero.nuisances) == sorted(names)
+    assert not any(values.any() for values in zero.nuisances.values())
+
+
+def test_a_nuisance_is_drawn_alike_whatever_else_is_and_the_fiducial_has_the_centre() -> None:
+    priors = read_priors("")
+    every, some = (draw(priors_of(kinds, priors, 4), 42, 7, fiducial=False) for kinds in ("all", "m"))
+    for name, values in some.items():
+        np.testing.assert_array_equal(values, every[name])
+    many = np.array([draw(priors, 42, sim, fiducial=False)["dz_1"] for sim in range(500)])
+    assert abs(many.std() / priors["dz_1"].b - 1) < 0.1
+    assert abs(np.corrcoef(many.T)[0, 1]) < 0.15  # orientations are independent
+    assert not any(values.any() for values in draw(priors, 42, 109, fiducial=True).values())
+
+
+@pytest.fixture(scope="module")
+def suites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results folder with small suites, with noise and without, bare and with all nuisances."""
+    results = tmp_path_factory.mktemp("suites")
+    for noise_level, nuisance in product(("des_y3", "noiseless"), ("none", "m", "all")):
+        options = {**SMALL_SUITE, "noise_level": noise_level, "nuisance": nuisance}
+        build_suite(MockConfig(results_dir=str(results), **options))
+    return results
+
+
+def tiles_of(results: Path, noise_level: str, nuisance: str = "none") -> Tiles:
+    return read_tiles(tiles_folder("", results, SMALL_LMAX, noise_level, nuisance), SMALL_LMAX, noise_level)
+
+
+def test_shear_bias_scales_the_signal_and_noise_stays_what_it_is(suites: Path) -> None:
+    bare, signal = tiles_of(suites, "des_y3"), tiles_of(suites, "noiseless")
+    for nuisance in ("m", "all"):
+        noise = tiles_of(suites, "des_y3", nuisance).kappa - tiles_of(suites, "noiseless", nuisance).kappa
+        np.testing.assert_allclose(noise, bare.kappa - signal.kappa, atol=1e-7)
+    biased = tiles_of(suites, "noiseless", "m")
+    m = biased.columns([f"m_{a + 1}" for a in range(N_BINS)])  # (n, 4)
+    np.testing.assert_allclose(biased.kappa, (1 + m[:, :, None, None]) * signal.kappa, rtol=1e-4, atol=1e-8)
+
+
+def test_nuisances_are_columns_that_differ_by_orientation_and_can_be_inferred(
+    suites: Path, run_command: Callable
+) -> None:
+    folder = tiles_folder("", suites, SMALL_LMAX, "des_y3", "all")
+    tiles = read_tiles(folder, SMALL_LMAX, "des_y3")
+    again, _ = read_tiles_through_cache(folder, SMALL_LMAX, "des_y3")
+    cached, _ = read_tiles_through_cache(folder, SMALL_LMAX, "des_y3")
+    for name, values in tiles.nuisances.items():
+        np.testing.assert_array_equal(again.nuisances[name], values)
+        np.testing.assert_array_equal(cached.nuisances[name], values)
+        by_orientation = values.reshape(-1, 3, 4)
+        assert (by_orientation == by_orientation[..., :1]).all()
+        assert len(np.unique(values)) == 3 * (SMALL_SUITE["n_sims"] - 1) + 1  # the fiducial has one
+    options = ("--lmax", SMALL_LMAX, "--noise-level", "des_y3", "--nuisance", "all", "--results-dir", suites)
+    training = ("--backbone", "tiny", "--max-epochs", 1, "--params", "Omega_m,S8,A_IA,dz_1", "--tag", "nuisances")
+    code, _, err = run_command("run_compressor.py", *options, *training)
+    assert code == 0, err
+    run = suites / "field_compressor_runs/nuisances"
+    code, _, err = run_command("run_npe.py", "--ckpt", run / "best.ckpt", "--max-epochs", 1, "--n-members", 1)
+    assert code == 0, err
+    result = read_fom_result(suites / "field_npe_runs/nuisances")
+    assert result.params == ("Omega_m", "S8", "A_IA", "dz_1")
+    assert result.fiducial.theta_true[2:] == [0, 0]
+    report = (suites / "field_npe_runs/nuisances/report.html").read_text()
+    assert "The suite varies intrinsic alignments" in report
+
+
+def test_hugging_face_opens_the_columns(suites: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    shard = str(tiles_folder("", suites, SMALL_LMAX, "des_y3", "all") / "shard_0000.parquet")
+    loaded = datasets.Dataset.from_parquet(shard, cache_dir=str(suites / "hf"))
+    tiles = tiles_of(suites, "des_y3", "all")
+    np.testing.assert_array_equal(loaded["A_IA"][:12], tiles.nuisances["A_IA"][:12])
+
+
+def test_tiles_with_other_nuisances_than_said_are_refused(suites: Path, run_command: Callable, tmp_path: Path) -> None:
+    shared = ("--lmax", SMALL_LMAX, "--noise-level", "des_y3", "--results-dir", suites)
+    with_all, bare = (tiles_folder("", suites, SMALL_LMAX, "des_y3", one) for one in ("all", "none"))
+    code, _, err = run_command("run_check.py", *shared, "--tiles-dir", with_all)
+    assert code == 2
+    assert "which is not --nuisance none" in err
+    code, _, err = run_command("run_check.py", *shared, "--nuisance", "ia", "--tiles-dir", bare)
+    assert code == 2
+    assert "vary no nuisances" in err
+    code, _, err = run_command("run_compressor.py", *shared, "--params", "Omega_m,S8,A_IA", "--backbone", "tiny")
+    assert code == 2
+    assert "A_IA, which these tiles do not have" in err
+    for number, folder in enumerate((with_all, bare)):
+        (tmp_path / f"shard_{number:04d}.parquet").symlink_to(folder / f"shard_{number:04d}.parquet")
+    with pytest.raises(UserError, match="mixes two suites"):
+        read_tiles(tmp_path, SMALL_LMAX, "des_y3")
+
+
+@pytest.mark.parametrize(
+    ("text", "nuisance", "said"),
+    [
+        ("m_1 normal 0 0.01\nm_2 normal 0 0.01\nm_4 normal 0 0.01", "m", "no prior of m_3"),
+        ("m_1 normal 0 -0.01", "m", "sigma of m_1 is negative"),
+        ("A_IA flat 5 -5", "ia", "range of A_IA is negative"),
+        ("A_IA gauss 0 1", "ia", "line 1 is 'A_IA gauss 0 1'"),
+        ("m_0 normal 0 1", "m", "line 1 is 'm_0 normal 0 1'"),
+        ("m_1 normal 0", "m", "a line is like"),
+        ("A_IA flat 0 nan", "ia", "a line is like"),
+        ("A_IA flat 0 1\nA_IA flat 0 1", "ia", "is there twice"),
+        ("\n".join(f"dz_{a} normal -0.3 0.01" for a in range(1, 5)), "dz", "of the sources of bin 1 below z = 0"),
+        ("m_1 normal 0 0.01", "none,m", "no prior of m_2"),
+        (None, "m", "cannot be read"),
+        ("", "shear", "'shear' is not one of"),
+    ],
+)
+def test_senseless_priors_are_refused_before_anything_is_made(
+    text: str | None, nuisance: str, said: str, run_command: Callable, tmp_path: Path
+) -> None:
+    priors = tmp_path / "priors.txt"
+    if text is not None:
+        priors.write_text(text)
+    code, _, err = run_command(
+        "run_mock.py", *SUITE, "--nuisance", nuisance, "--nuisance-priors", priors, "--results-dir", tmp_path
+    )
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "tiles").exists()
