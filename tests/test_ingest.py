@@ -26,12 +26,20 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from conftest import GUARD_S, ROOT, SHARED_DATA
-from fake_lightcones import PARTICLES_PER_VOLUME, lensing_cl, shells_of, write_lightcone, write_nz, write_parameters
+from fake_lightcones import (
+    NO_NUISANCE,
+    PARTICLES_PER_VOLUME,
+    lensing_cl,
+    shells_of,
+    write_lightcone,
+    write_nz,
+    write_parameters,
+)
 
 from common.artifacts import CannotWriteError
 from common.errors import UserError
 from data.ingest import born, lightcone
-from data.ingest.born import born_weights
+from data.ingest.born import weights_with
 from data.ingest.config import IngestConfig
 from data.ingest.download import download
 from data.ingest.lightcone import BadSimulationError, project_lightcone
@@ -42,6 +50,7 @@ from data.ingest.suite import ingest_side_by_side, plan, run_ingest
 from data.mock.cosmology import FIDUCIAL, FIDUCIAL_COSMO, design, params_of
 from data.mock.nz import nz_of_bins
 from data.mock.theory import BIN_PAIRS
+from data.nuisance import Nuisance
 from data.read_shards import read_tiles
 from data.schema import PARAM_NAMES, noise_cl
 from data.shard_metadata import read_orientations
@@ -72,20 +81,34 @@ def skies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def deviations(skies: list[Path], sources: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Band powers (10, n_bands) of the mean spectra against pyccl, in standard errors of Gaussian skies."""
+SOME = Nuisance(np.array([0.02, -0.03, 0.01, 0.04]), np.array([0.03, -0.02, 0.02, -0.03]), 0.7, 0.5)
+
+
+def deviations(
+    skies: list[Path],
+    sources: tuple[np.ndarray, np.ndarray],
+    nuisance: Nuisance = NO_NUISANCE,
+    expected: Nuisance = NO_NUISANCE,
+    order: tuple[int, ...] = (0, 1, 2, 3),
+) -> np.ndarray:
+    """Band powers (10, n_bands) of the mean spectra against pyccl, in standard errors of Gaussian skies.
+
+    The skies are projected with a nuisance, and their bins taken in an order; pyccl has what is expected.
+    """
     lmax = BANDS[-1]
     ell = np.arange(BANDS[0], lmax)
-    theory = lensing_cl(FIDUCIAL_COSMO, ell)  # (10, n_ell)
-    shells = shells_of(FIDUCIAL_COSMO)
-    weights = born_weights(shells, *sources, FIDUCIAL["Omega_m"])
+    theory = lensing_cl(FIDUCIAL_COSMO, ell, expected)  # (10, n_ell)
+    shells, scale = shells_of(FIDUCIAL_COSMO), 1 + nuisance.m[:, None]
+    weights = scale * weights_with(nuisance, shells, *sources, FIDUCIAL["Omega_m"], FIDUCIAL["w"])
+    weights = weights[list(order)]
     counted = shells.step != shells.step[-1]
     shot = 4 * np.pi / (PARTICLES_PER_VOLUME * shells.volume[counted])  # C_ell of the counts' own noise
     shot_of = np.einsum("ak,bk,k->ab", weights[:, counted], weights[:, counted], shot)
     found = np.zeros((len(BIN_PAIRS), len(ell)))
     for sky in skies:
-        kappa, _ = project_lightcone(sky, FIDUCIAL_PARAMS, *sources)
-        alm = alm_of_kappa(kappa, lmax, divide_window=True)
+        kappa, _ = project_lightcone(sky, FIDUCIAL_PARAMS, *sources, [] if nuisance is NO_NUISANCE else [nuisance])
+        alm = scale * alm_of_kappa(kappa[-4:], lmax, divide_window=True)
+        alm = alm[list(order)]
         for n, (i, j) in enumerate(BIN_PAIRS):
             found[n] += healpy.alm2cl(alm[i], alm[j])[BANDS[0] : lmax] / len(skies)
     found -= np.array([shot_of[i, j] for i, j in BIN_PAIRS])[:, None] / pixel_window(NSIDE, lmax)[BANDS[0] : lmax] ** 2
@@ -105,6 +128,16 @@ def test_spectra_of_a_lightcone_agree_with_theory_in_all_ten_pairs(
     skies: list[Path], sources: tuple[np.ndarray, np.ndarray]
 ) -> None:
     assert np.abs(deviations(skies, sources)).max() < MOST_SIGMA
+
+
+def test_spectra_with_nuisances_agree_with_pyccls_and_tell_each_of_them(
+    skies: list[Path], sources: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """All three together; and the test would see the sign of an alignment turned, bins exchanged, another scale."""
+    assert np.abs(deviations(skies, sources, SOME, SOME)).max() < MOST_SIGMA
+    assert np.abs(deviations(skies, sources, SOME, SOME, order=(0, 1, 3, 2))).max() > MOST_SIGMA
+    for wrong in (replace(SOME, a_ia=-SOME.a_ia), replace(SOME, dz=-SOME.dz), replace(SOME, m=-3 * SOME.m)):
+        assert np.abs(deviations(skies, sources, wrong, SOME)).max() > MOST_SIGMA
 
 
 def swap(folder: Path) -> None:
@@ -274,6 +307,36 @@ def test_one_realisation_of_noise_serves_every_level_and_lmax(suite: Path, noise
             tmp_path / "together", lmax, "lsst_y10"
         )
         assert not difference.any()
+
+
+def test_nuisances_come_out_of_one_pass_and_zero_width_changes_nothing(
+    suite: Path, noiseless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    counts_of = lightcone.read_counts
+    monkeypatch.setattr(lightcone, "read_counts", lambda file, name: read.append(name) or counts_of(file, name))
+    together = config_of(suite, tmp_path, nuisance="none,m,dz,all", noise_level="des_y3,noiseless", sims="1,109")
+    made(together)
+    assert len(read) == len(set(read))  # no shell twice
+    names = {one: tmp_path / f"tiles/lmax_{SMALL_LMAX}_noiseless{one}" for one in ("", "_m", "_dz", "_all")}
+    tiles = {one: read_tiles(folder, SMALL_LMAX, "noiseless") for one, folder in names.items()}
+    bare = tiles[""].kappa
+    assert np.array_equal(bare, np.concatenate([tiles_in(noiseless)[:12], tiles_in(noiseless)[-12:]]))
+    for one, found in tiles.items():
+        assert np.array_equal(found.kappa[12:], bare[12:])  # the fiducial has the centres of the priors
+        assert one == "" or np.abs(found.kappa[:12] - bare[:12]).max() > 1e-5
+        noisy = read_tiles(Path(str(names[one]).replace("noiseless", "des_y3")), SMALL_LMAX, "des_y3").kappa
+        noise = noisy - found.kappa
+        np.testing.assert_allclose(noise[:12], (tiles_in(tmp_path, level="des_y3") - bare)[:12], atol=1e-7)
+    m = tiles["_m"].columns([f"m_{a + 1}" for a in range(4)])[:, :, None, None]
+    np.testing.assert_allclose(tiles["_m"].kappa, (1 + m) * bare, rtol=1e-4, atol=1e-7)
+    assert tiles["_all"].nuisances["dz_2"][0] == tiles["_dz"].nuisances["dz_2"][0] != tiles["_dz"].nuisances["dz_2"][4]
+
+    zero = "\n".join(f"{name} normal 0 0" for name in tiles["_all"].nuisances)
+    (tmp_path / "priors.txt").write_text(zero)
+    made(config_of(suite, tmp_path / "zero", nuisance="all", nuisance_priors=tmp_path / "priors.txt"))
+    unmoved = read_tiles(tmp_path / f"zero/tiles/lmax_{SMALL_LMAX}_noiseless_all", SMALL_LMAX, "noiseless").kappa
+    assert np.array_equal(unmoved, tiles_in(noiseless))
 
 
 def test_published_geometry_repeats_its_faces(suite: Path, tmp_path: Path) -> None:

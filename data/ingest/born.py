@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.integrate import cumulative_simpson
+from scipy.integrate import cumulative_simpson, cumulative_trapezoid
 from scipy.interpolate import CubicSpline
 
 from common.errors import UserError
+from data.nuisance import Nuisance, alignment
 from data.schema import PARAM_NAMES
 
 HUBBLE_DISTANCE = 2997.92458  # c / H0 [Mpc/h]
@@ -82,6 +83,12 @@ def comoving_distance(z: np.ndarray, params: np.ndarray) -> np.ndarray:
     return CubicSpline(grid, HUBBLE_DISTANCE * cumulative_simpson(1 / e, x=grid, initial=0))(z)
 
 
+def middle_of(shells: Shells) -> tuple[np.ndarray, np.ndarray]:
+    """Distance and redshift of the middle of every shell, (n,) each."""
+    chi = (shells.chi_near + shells.chi_far) / 2
+    return chi, CubicSpline(np.append(0, shells.chi_far), np.append(0, shells.z_far))(chi)
+
+
 def born_weights(shells: Shells, z: np.ndarray, nz: np.ndarray, omega_m: float) -> np.ndarray:
     """Weights (n_bins, n_shells): the convergence of a bin is their sum with the density contrasts of the shells.
 
@@ -102,12 +109,33 @@ def born_weights(shells: Shells, z: np.ndarray, nz: np.ndarray, omega_m: float) 
         )
     edges_z, edges_chi = np.append(0, shells.z_far), np.append(0, shells.chi_far)
     chi_source = CubicSpline(edges_z, edges_chi)(np.minimum(z, edges_z[-1]))  # (n_z,)
-    chi = (shells.chi_near + shells.chi_far) / 2  # (n_shells,)
-    z_middle = CubicSpline(edges_chi, edges_z)(chi)
+    chi, z_middle = middle_of(shells)
     behind = np.maximum(1 - chi[:, None] / np.maximum(chi_source, 1e-9), 0)  # (n_shells, n_z): (chi' - chi) / chi'
     g = np.trapezoid(nz[:, None] * behind, z, axis=2)  # (n_bins, n_shells)
     kernel = (1 + z_middle) * chi * (shells.chi_far - shells.chi_near)  # (n_shells,)
     return 1.5 * omega_m / HUBBLE_DISTANCE**2 * kernel * g  # (n_bins, n_shells)
+
+
+def weights_with(
+    nuisance: Nuisance, shells: Shells, z: np.ndarray, nz: np.ndarray, omega_m: float, w: float
+) -> np.ndarray:
+    """The same with shifted redshifts and alignments (not the shear bias): (n_bins, n_shells).
+
+    An aligned galaxy of bin a has the convergence F(z) delta, so a shell adds F(z_k) times the share of the bin's
+    galaxies that lie in it.
+    """
+    rows = []
+    for shift, n in zip(nuisance.dz, nz, strict=True):
+        moved = z + shift  # (n_z,): n(z - dz) has its values dz farther out
+        n = np.where(moved >= 0, n, 0)
+        n /= np.trapezoid(n, moved)
+        row = born_weights(shells, np.maximum(moved, 0), n[None], omega_m)[0]  # (n_shells,)
+        if nuisance.a_ia:
+            nearer = cumulative_trapezoid(n, moved, initial=0)
+            inside = np.interp(shells.z_far, moved, nearer) - np.interp(shells.z_near, moved, nearer)  # (n_shells,)
+            row += alignment(middle_of(shells)[1], nuisance, omega_m, w) * inside
+        rows.append(row)
+    return np.stack(rows)
 
 
 def lost_share(weights: np.ndarray, missing: Sequence[bool] | np.ndarray) -> float:

@@ -2,11 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal, get_args
 
+from common.artifacts import NONE
 from common.errors import UserError
 from common.options import SeedOptions, option
-from data.config import NoiseLevel, number_list
+from data.config import NoiseLevel, kinds_of, nuisance_list, number_list
 
 SkyGeometry = Literal["disjoint", "published"]
 Ordering = Literal["auto", "RING", "NEST"]
@@ -24,6 +26,10 @@ class IngestConfig(SeedOptions):
     lmax: str = option("200", "largest multipole of the tiles; several with commas")
     noise_level: str = option("des_y3", "shape noise; several with commas, which scale one realisation")
     geometry: SkyGeometry = option("disjoint", "twelve tiles as disjoint patches, or overlapping as published")
+    nuisance: str = option(
+        NONE, "vary m (shear bias), dz (redshifts), ia (alignments), some joined by +, all or none; several with commas"
+    )
+    nuisance_priors: str = option("", "table of their priors, one a line (default: DES Y3)")
     sims: str = option("", "only these simulations, like 1-50,109 (default: all)")
     ordering: Ordering = option("auto", "order of the pixels of --kappa-maps; auto takes it from the file")
     pixel_window: PixelWindow = option("auto", "divide: pixels are averages, correct for it; auto: those of lightcones")
@@ -38,6 +44,8 @@ class IngestConfig(SeedOptions):
             raise UserError("--lightcones needs the source galaxies; give their n(z) as --nz")
         if self.kappa_maps and self.nz:
             raise UserError("--kappa-maps have their own source galaxies; leave out --nz")
+        if self.kappa_maps and any({"dz", "ia"} & set(kinds_of(one)) for one in self.nuisance.split(",")):
+            raise UserError("--kappa-maps have their own source galaxies; of --nuisance only m works with them")
         self.sim_list, self.configurations  # noqa: B018  (refuses what is not a list)
 
     @property
@@ -46,12 +54,13 @@ class IngestConfig(SeedOptions):
         return self.pixel_window == "divide" or (self.pixel_window == "auto" and bool(self.lightcones))
 
     @property
-    def configurations(self) -> list[tuple[int, str]]:
-        """Every lmax with every noise level."""
+    def configurations(self) -> list[tuple[int, str, str]]:
+        """Every lmax with every noise level and every nuisance."""
         levels, known = [level.strip() for level in self.noise_level.split(",")], get_args(NoiseLevel)
         if unknown := [level for level in levels if level not in known]:
             raise UserError(f"--noise-level {unknown[0]!r} is not in {', '.join(known)}; several go with commas")
-        return [(lmax, level) for lmax in number_list("--lmax", self.lmax) for level in dict.fromkeys(levels)]
+        every = product(number_list("--lmax", self.lmax), dict.fromkeys(levels), nuisance_list(self.nuisance))
+        return list(every)
 
     @property
     def sim_list(self) -> list[int]:

@@ -11,14 +11,15 @@ import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 import numpy as np
 
 from common.errors import UserError
-from data.ingest.born import Shells, born_weights, lost_share, parse_shells
+from data.ingest.born import Shells, born_weights, lost_share, parse_shells, weights_with
+from data.nuisance import Nuisance
 from data.schema import PARAM_NAMES
 
 Z_VALUES = "z_values.txt"
@@ -40,18 +41,21 @@ class _TooLate(Exception):
     """A tar file has something after its shells that is needed before them."""
 
 
-def project_lightcone(source: Path, params: np.ndarray, z: np.ndarray, nz: np.ndarray) -> tuple[np.ndarray, list[int]]:
+def project_lightcone(
+    source: Path, params: np.ndarray, z: np.ndarray, nz: np.ndarray, nuisances: Sequence[Nuisance] = ()
+) -> tuple[np.ndarray, list[int]]:
     """Convergence in every bin from the shells of one simulation, with params (8,), in a folder or tar file.
 
-    Takes the memory of a map per bin and one shell, in float32. z, nz are those of read_nz.
+    Every shell is read once. Takes the memory of all maps and one shell, in float32. z, nz are those of read_nz.
 
     Returns:
-        kappa, float32 (n_bins, 12 nside^2) in RING order, with mean zero; and the steps left out as incomplete.
+        kappa, float32 in RING order, with mean zero: of lensing (n_bins, 12 nside^2), and then as many maps with each
+        of the nuisances, whose shear bias is left to the caller; and the steps left out as incomplete.
 
     Raises:
         BadSimulationError: something is missing, damaged or inconsistent: names the file.
     """
-    projection = _Projection(source, params, z, nz)
+    projection = _Projection(source, params, z, nz, nuisances)
     try:
         if source.is_dir():
             projection.learn(_files(source))
@@ -60,7 +64,7 @@ def project_lightcone(source: Path, params: np.ndarray, z: np.ndarray, nz: np.nd
             try:
                 projection.add_all(_files(source))
             except _TooLate:
-                projection = _Projection(source, params, z, nz)
+                projection = _Projection(source, params, z, nz, nuisances)
                 projection.learn(_files(source))
                 projection.add_all(_files(source))
         return projection.finish()
@@ -80,10 +84,12 @@ def reason_of(error: Exception) -> str:
 class _Projection:
     """Adds up shells in whatever order they come."""
 
-    def __init__(self, source: Path, params: np.ndarray, z: np.ndarray, nz: np.ndarray) -> None:
-        self.source, self.params, self.z, self.nz = source, params, z, nz
+    def __init__(
+        self, source: Path, params: np.ndarray, z: np.ndarray, nz: np.ndarray, nuisances: Sequence[Nuisance]
+    ) -> None:
+        self.source, self.params, self.z, self.nz, self.nuisances = source, params, z, nz, nuisances
         self.shells: Shells | None = None
-        self.weights = np.empty((len(nz), 0))
+        self.weights = self.of_maps = np.empty((len(nz), 0))  # of lensing, and of every map
         self.density: dict[int, float] = {}  # by step: particles per (Mpc/h)^3
         self.incomplete: set[int] = set()
         self.kappa = np.empty((len(nz), 0), dtype=np.float32)
@@ -100,7 +106,10 @@ class _Projection:
         if name == Z_VALUES and self.shells is None:
             text = file.read().decode(errors="replace")
             self.shells = parse_shells(text, f"{self.source}/{Z_VALUES}", self.params)
-            self.weights = born_weights(self.shells, self.z, self.nz, float(self.params[PARAM_NAMES.index("Omega_m")]))
+            omega_m, w = (float(self.params[PARAM_NAMES.index(name)]) for name in ("Omega_m", "w"))
+            sources = self.shells, self.z, self.nz, omega_m
+            self.weights = born_weights(*sources)
+            self.of_maps = np.concatenate([self.weights, *(weights_with(n, *sources, w) for n in self.nuisances)])
         if (match := SHELL.fullmatch(name)) is None:
             return None
         step = int(match[1])
@@ -126,14 +135,14 @@ class _Projection:
             if step in self.density:
                 raise BadSimulationError(f"{self.source}/{name} is in it twice; download it again")
             k = int(np.argmax(self.shells.step == step))
-            if self.weights[:, k].max() > 0:
+            if self.of_maps[:, k].any():
                 self._add(k, name, file)
 
     def _add(self, k: int, name: str, file: IO[bytes]) -> None:
         assert self.shells is not None
         counts = read_counts(file, f"{self.source}/{name}")
         if self.kappa.shape[1] == 0:
-            self.kappa = np.zeros((len(self.nz), len(counts)), dtype=np.float32)
+            self.kappa = np.zeros((len(self.of_maps), len(counts)), dtype=np.float32)
         if len(counts) != self.kappa.shape[1]:
             n_pixels = f"{len(counts)} pixels, the shells before it {self.kappa.shape[1]}"
             raise BadSimulationError(f"{self.source}/{name} has {n_pixels}; download it again")
@@ -141,7 +150,7 @@ class _Projection:
         if not (np.isfinite(total) and total > 0 and counts.min() >= 0):
             raise BadSimulationError(f"{self.source}/{name} has no particles, or negative ones; download it again")
         self.density[int(self.shells.step[k])] = total / self.shells.volume[k]
-        mean, weight = total / len(counts), self.weights[:, k].astype(np.float32)
+        mean, weight = total / len(counts), self.of_maps[:, k].astype(np.float32)
         for start in range(0, len(counts), CHUNK):  # so that the pixels stay in the processor's cache
             chunk = slice(start, start + CHUNK)
             delta = counts[chunk] * np.float32(1 / mean) - np.float32(1)  # (CHUNK,)

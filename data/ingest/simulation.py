@@ -10,11 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from data.config import FIDUCIAL_SIM_ID
 from data.ingest.config import IngestConfig
 from data.ingest.download import download
 from data.ingest.lightcone import BadSimulationError, project_lightcone
 from data.ingest.maps import read_kappa_maps
-from data.schema import TILES_PER_SIM, noise_cl, nside_of, tile_keys
+from data.nuisance import Nuisance, Prior, draw, nuisance_of, priors_of
+from data.schema import N_ORIENTATIONS, TILES_PER_SIM, noise_cl, nside_of, tile_keys
 from data.shard_metadata import INGEST_KEY
 from data.sphere.harmonics import white_alm
 from data.sphere.pixel_window import pixel_window
@@ -30,10 +32,11 @@ ANALYSED_LMAX = 1024
 
 @dataclass(frozen=True)
 class Output:
-    """A folder of tiles, with their lmax and noise level and the JSON text that is stored in every shard."""
+    """A folder of tiles: their lmax, noise level and nuisance, and the JSON text that is stored in every shard."""
 
     lmax: int
     noise_level: str
+    nuisance: str
     folder: str
     description: str
 
@@ -52,8 +55,17 @@ class Job:
     z: np.ndarray  # with nz as from read_nz; empty for maps
     nz: np.ndarray
     outputs: tuple[Output, ...]
+    priors: dict[str, Prior]
     downloads: str  # folder on a disk with room for an archive
     config: IngestConfig
+
+    def draws(self, n_bins: int) -> dict[str, dict[str, np.ndarray]]:
+        """Its nuisances for every --nuisance: by name, (3,) each."""
+        fiducial = self.sim_id == FIDUCIAL_SIM_ID
+        return {
+            one: draw(priors_of(one, self.priors, n_bins), self.config.seed, self.sim_id, fiducial=fiducial)
+            for one in dict.fromkeys(output.nuisance for output in self.outputs)
+        }
 
 
 @dataclass(frozen=True)
@@ -72,19 +84,30 @@ def ingest(job: Job) -> Outcome:
     try:
         with _on_disk(job) as source:
             if job.config.lightcones:
-                kappa, incomplete = project_lightcone(source, job.params, job.z, job.nz)
+                kernels = _kernels(job)
+                kappa, incomplete = project_lightcone(source, job.params, job.z, job.nz, kernels)
             else:
-                kappa = read_kappa_maps(source, job.config.ordering)
-        nside = healpy.npix2nside(kappa.shape[1])
-        _check(job, len(kappa), nside)
+                kernels, kappa = [], read_kappa_maps(source, job.config.ordering)
+        nside, n_bins = healpy.npix2nside(kappa.shape[1]), len(kappa) // (1 + len(kernels))
+        _check(job, n_bins, nside)
         # The same for all outputs, also on resuming with fewer: the same analysis gives the same bits.
         lmax = min(2 * nside, max(ANALYSED_LMAX, *(output.lmax for output in job.outputs)))
         alm = alm_of_kappa(kappa, lmax, divide_window=job.config.divides_window)
         del kappa  # frees memory for the tiles
-        _write_shards(job, missing, alm, lmax)
+        _write_shards(job, missing, alm.reshape(1 + len(kernels), n_bins, -1), lmax, kernels)
     except BadSimulationError as error:
         return Outcome(job.sim_id, str(error))
     return Outcome(job.sim_id, incomplete=incomplete)
+
+
+def _kernels(job: Job) -> list[Nuisance]:
+    """What the maps beside that of lensing are projected with: every redshift error and alignment once."""
+    n_bins, found = len(job.nz), dict[bytes, Nuisance]()
+    for values in job.draws(n_bins).values():
+        for nuisance in (nuisance_of(values, o, n_bins) for o in range(N_ORIENTATIONS)):
+            if nuisance.changes_kernels:
+                found.setdefault(nuisance.kernel, nuisance)
+    return list(found.values())
 
 
 def _check(job: Job, n_bins: int, nside: int) -> None:
@@ -95,6 +118,7 @@ def _check(job: Job, n_bins: int, nside: int) -> None:
     for output in job.outputs:
         try:
             noise_cl(output.noise_level, n_bins)
+            priors_of(output.nuisance, job.priors, n_bins)
         except UserError as error:
             raise BadSimulationError(f"{job.source}: {error}") from None
         for shard in list(Path(output.folder).glob("shard_*.parquet"))[:1]:
@@ -114,22 +138,40 @@ def alm_of_kappa(kappa: np.ndarray, lmax: int, *, divide_window: bool) -> np.nda
     return alm
 
 
-def _write_shards(job: Job, outputs: list[Output], alm: np.ndarray, alm_lmax: int) -> None:
-    """Rotate, cut and write: the signal alm (n_bins, n_alm), and one realisation of noise, scaled for every level."""
-    white = white_alm(len(alm), alm_lmax, np.random.default_rng([job.config.seed, job.sim_id]))
+def _write_shards(job: Job, outputs: list[Output], alm: np.ndarray, alm_lmax: int, kernels: Sequence[Nuisance]) -> None:
+    """Rotate, cut and write the signal, and one realisation of noise, scaled for every level.
+
+    The signal alm is (1 + n_kernels, n_bins, n_alm): that of lensing, and those with the kernels.
+    """
+    n_bins = alm.shape[1]
+    white = white_alm(n_bins, alm_lmax, np.random.default_rng([job.config.seed, job.sim_id]))
     keys, params = tile_keys(job.sim_id), np.tile(job.params, (TILES_PER_SIM, 1))  # (12, 3), (12, 8)
+    draws = job.draws(n_bins)
     for lmax in sorted({output.lmax for output in outputs}):
-        signal, noise = (_cut(full, alm_lmax, lmax, job.config.geometry) for full in (alm, white))
-        for output in (output for output in outputs if output.lmax == lmax):
-            sigma = np.sqrt(noise_cl(output.noise_level, len(alm))).astype(np.float32)[:, None, None]  # (n_bins, 1, 1)
-            with open_shard(output.shard(job.sim_id), {INGEST_KEY: output.description}) as shard:
-                shard.write(signal + sigma * noise, keys, params, output.noise_level)
+        place = lmax, nside_of(lmax), job.config.geometry
+        band, noise = _band(alm, alm_lmax, lmax), tiles_of_alm(_band(white, alm_lmax, lmax), *place)
+        for nuisance in dict.fromkeys(output.nuisance for output in outputs if output.lmax == lmax):
+            signal = tiles_of_alm(_skies(band, draws[nuisance], kernels), *place)
+            labels = {name: np.repeat(of, TILES_PER_SIM // len(of)) for name, of in draws[nuisance].items()}
+            for output in (output for output in outputs if (output.lmax, output.nuisance) == (lmax, nuisance)):
+                sigma = np.sqrt(noise_cl(output.noise_level, n_bins)).astype(np.float32)[:, None, None]
+                with open_shard(output.shard(job.sim_id), {INGEST_KEY: output.description}) as shard:
+                    shard.write(signal + sigma * noise, keys, params, output.noise_level, labels)
 
 
-def _cut(alm: np.ndarray, alm_lmax: int, lmax: int, geometry: str) -> np.ndarray:
-    """Tiles, float32 (12, n_bins, N, N), with the multipoles up to lmax of an alm (n_bins, n_alm)."""
-    band = np.stack([healpy.resize_alm(one, alm_lmax, alm_lmax, lmax, lmax) for one in alm])
-    return tiles_of_alm(band, lmax, nside_of(lmax), geometry)
+def _skies(alm: np.ndarray, values: dict[str, np.ndarray], kernels: Sequence[Nuisance]) -> np.ndarray:
+    """The sky of every orientation with its nuisances (3, n_bins, n_alm), or one for all without (n_bins, n_alm)."""
+    if not values:
+        return alm[0]
+    nuisances = [nuisance_of(values, orientation, alm.shape[1]) for orientation in range(N_ORIENTATIONS)]
+    place = {nuisance.kernel: 1 + k for k, nuisance in enumerate(kernels)}
+    return np.stack([(1 + n.m[:, None]) * alm[place.get(n.kernel, 0)] for n in nuisances])
+
+
+def _band(alm: np.ndarray, alm_lmax: int, lmax: int) -> np.ndarray:
+    """The multipoles up to lmax of alm (..., n_alm)."""
+    flat = [healpy.resize_alm(one, alm_lmax, alm_lmax, lmax, lmax) for one in alm.reshape(-1, alm.shape[-1])]
+    return np.stack(flat).reshape(*alm.shape[:-1], -1)  # (..., n_alm of lmax)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from common.artifacts import tiles_folder, write_json
+from common.artifacts import NONE, tiles_folder, write_json
 from common.errors import UserError, warn
 from common.lock import exclusive
 from common.machine import free_memory, usable_cores
@@ -23,7 +23,8 @@ from data.ingest.config import IngestConfig
 from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
 from data.ingest.simulation import Job, Outcome, Output, ingest
-from data.schema import TILES_PER_SIM, noise_cl
+from data.nuisance import check_shifts, described, priors_of, read_priors, varies
+from data.schema import N_ORIENTATIONS, TILES_PER_SIM, noise_cl
 from data.suite_folder import describe, finish_suite, finished_shards
 from data.workers import in_order, worker_pool
 
@@ -50,15 +51,20 @@ def plan(config: IngestConfig) -> list[Job]:
         "seed": config.seed,
         "nz_sha256": hashlib.sha256(np.ascontiguousarray(nz, dtype="<f8").tobytes()).hexdigest(),
     }
-    outputs = []
-    for lmax, level in config.configurations:
+    outputs, priors = [], read_priors(config.nuisance_priors)
+    for lmax, level, nuisance in config.configurations:
         if config.nz:
             noise_cl(level, len(nz))  # refuses a survey with other bins
-        folder = tiles_folder("", config.results_dir, lmax, level)
-        description = describe(config.geometry, {**options, "lmax": lmax, "noise_level": level})
-        outputs.append(Output(lmax, level, str(folder), description))
-    shared = (z, nz, tuple(outputs), f"{config.results_dir}/{DOWNLOADS}", config)
-    return [Job(sim, parameters[sim], source, *shared) for sim, source in find_sources(config, parameters).items()]
+            priors_of(nuisance, priors, len(nz))
+        folder = tiles_folder("", config.results_dir, lmax, level, nuisance)
+        varied = described({name: prior for name, prior in priors.items() if varies(nuisance, name)})
+        description = describe(config.geometry, {**options, "lmax": lmax, "noise_level": level} | varied)
+        outputs.append(Output(lmax, level, nuisance, str(folder), description))
+    shared = (z, nz, tuple(outputs), priors, f"{config.results_dir}/{DOWNLOADS}", config)
+    jobs = [Job(sim, parameters[sim], source, *shared) for sim, source in find_sources(config, parameters).items()]
+    if config.nz:
+        check_shifts(z, nz, [values for job in jobs for values in job.draws(len(nz)).values()])
+    return jobs
 
 
 def find_sources(config: IngestConfig, parameters: dict[int, np.ndarray]) -> dict[int, str]:
@@ -104,7 +110,8 @@ def run_ingest(jobs: list[Job], on_checkpoint: Callable[[], None] = lambda: None
             held.enter_context(exclusive(Path(output.folder)))
         missing = _unfinished(jobs)
         n_bins = len(jobs[0].nz) or 4  # not known yet for --kappa-maps
-        memory = (MAPS_PER_WORKER + n_bins) * MAP_BYTES
+        n_maps = n_bins * (1 + N_ORIENTATIONS * len({output.nuisance for output in jobs[0].outputs} - {NONE, "m"}))
+        memory = (MAPS_PER_WORKER + n_maps) * MAP_BYTES
         n_workers = min(jobs[0].config.workers or max(1, min(usable_cores(), free_memory() // memory)), len(missing))
         outcomes: Iterator[Outcome] = map(ingest, missing)
         if n_workers > 1:
