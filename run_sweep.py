@@ -1,7 +1,8 @@
-"""Both stages for several lmax and seeds: the Figure of Merit against lmax, or against the number of simulations.
+"""Both stages for several lmax, nuisances and seeds: the Figure of Merit of each, or against the number of simulations.
 
 python run_sweep.py --lmax 200,400,600 --seeds 3               here, one after the other
 modal run --detach run_sweep.py --lmax 200,400,600 --seeds 3   on Modal, side by side, a container for every point
+python run_sweep.py --lmax 200 --nuisance none,m,dz,ia,all      what a survey's nuisances cost
 python run_sweep.py --lmax 200 --n-sims 100,200,400,791 --stage-2 "--calibration-tiles DIR"
 """
 
@@ -9,20 +10,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from common.artifacts import NONE
 from common.command import Command
 from npe.config import SweepConfig
 
 if TYPE_CHECKING:  # it needs torch, and --help does not
-    from npe.result import LearningCurve, LearningCurves, SweepResult
+    from npe.result import CurvePoint, LearningCurve, LearningCurves, SweepResult
 
 
 def report(result: SweepResult | LearningCurves) -> None:
     """What the user waited for."""
-    for row in getattr(result, "curve", []):
-        seeds = "" if row.std_over_seeds is None else f"+- {row.std_over_seeds:.0f} over {row.n_seeds} seeds, "
-        tiles = "" if row.std_over_tiles is None else f"+- {row.std_over_tiles:.0f} over tiles, "
-        mixture = "" if row.n_seeds == 1 else f"mixture of the seeds {row.mixture_fom:.0f}"
-        print(f"lmax {row.lmax:5d}  FoM {row.fom:.0f}  {seeds}{tiles}{mixture}".rstrip(" ,"))
+    if curve := getattr(result, "curve", []):
+        print("lmax  nuisances     FoM  +- seeds  +- tiles  mixture  chi2/dof  FoM / bare")
+        for point in curve:
+            print(row_of(point))
     for curve in getattr(result, "curves", []):
         print(f"lmax {curve.lmax:5d}  {curve.stages}: {twice_as_many(curve)}")
     for point in result.points:
@@ -30,6 +31,15 @@ def report(result: SweepResult | LearningCurves) -> None:
             print(f"failed    {point['tag']}: {point['error']}")
     name = "fom_vs_lmax" if hasattr(result, "curve") else "learning_curve"
     print(f"picture   {result.folder}/{name}.png\nall       {result.folder}/{name}.json")
+
+
+def row_of(point: CurvePoint) -> str:
+    """A row of the table of the FoMs."""
+    seeds, tiles = ("" if one is None else f"{one:.0f}" for one in (point.std_over_seeds, point.std_over_tiles))
+    bare = "" if point.to_bare is None or point.nuisance == NONE else f"{point.to_bare:.3f}"
+    bare += f" +- {point.to_bare_err:.3f}" if bare and point.to_bare_err is not None else ""
+    fom = f"{point.lmax:4d}  {point.nuisance:9s}  {point.fom:6.0f}  {seeds:>8s}  {tiles:>8s}  {point.mixture_fom:7.0f}"
+    return f"{fom}  {point.chi2_per_dof:8.2f}  {bare}".rstrip()
 
 
 def twice_as_many(curve: LearningCurve) -> str:

@@ -7,11 +7,12 @@ import numpy as np
 from matplotlib.patches import Ellipse
 from scipy.stats import chi2
 
+from common.artifacts import NONE
 from common.figures import BLUE, GREY, ORANGE, figure
 from data.module import SplitTiles
 from data.schema import FOM_PARAMS, label_of
 from npe.model import Posterior
-from npe.result import Calibration, FomResult, LearningCurves, SweepResult
+from npe.result import Calibration, CurvePoint, FomResult, LearningCurves, SweepResult
 
 # Radius in sigma that holds 68.3 % of a two-dimensional Gaussian: sqrt(-2 ln(1 - 0.683)).
 RADIUS_68 = np.sqrt(-2 * np.log(1 - 0.683))
@@ -116,24 +117,39 @@ def draw_predictions(posterior: Posterior, ordinary: np.ndarray, theta: np.ndarr
 
 
 def draw_curve(result: SweepResult, path: Path) -> None:
-    """FoM against lmax: every run, the mean over seeds with their scatter, and the scatter from tile to tile."""
-    lmax = np.array([row.lmax for row in result.curve])
+    """FoM against lmax, or of every nuisance and lmax: every run, the mean over seeds, scatter of seeds and tiles."""
+    several = len({row.nuisance for row in result.curve}) > 1
+    lmaxes = sorted({row.lmax for row in result.curve})
+    rows = result.curve if several else sorted(result.curve, key=lambda row: row.lmax)
+    name = {(row.lmax, row.nuisance): _name_of(row, several, len(lmaxes) > 1) for row in rows}
+    place = np.arange(len(rows)) if several else np.array([row.lmax for row in rows])
+    at = dict(zip(name, place, strict=True))
     fom, tiles, seeds = (  # a scatter is null for one tile or seed
-        np.array([getattr(row, name) or 0.0 for row in result.curve])
-        for name in ("fom", "std_over_tiles", "std_over_seeds")
+        np.array([getattr(row, figure) or 0.0 for row in rows])
+        for figure in ("fom", "std_over_tiles", "std_over_seeds")
     )
     with figure(path, 6.4, 4.4) as drawn:
         axes = drawn.subplots()
         # Bars rather than a band: there may be one lmax alone.
-        axes.errorbar(lmax, fom, tiles, fmt="none", ecolor=BLUE, elinewidth=8, alpha=0.2, label="scatter over tiles")
-        axes.errorbar(lmax, fom, seeds, fmt="o-", color=BLUE, capsize=4, label="mean and scatter over seeds")
-        runs = [(point["lmax"], point["fom_fiducial_median"]) for point in result.points if "error" not in point]
-        axes.plot(*zip(*runs, strict=True), ".", color=ORANGE, label="one run", zorder=3)
+        axes.errorbar(place, fom, tiles, fmt="none", ecolor=BLUE, elinewidth=8, alpha=0.2, label="scatter over tiles")
+        mean = "o" if several else "o-"
+        axes.errorbar(place, fom, seeds, fmt=mean, color=BLUE, capsize=4, label="mean and scatter over seeds")
+        runs = [point for point in result.points if "error" not in point]
+        where = [at[point["lmax"], point["nuisance"]] for point in runs]
+        axes.plot(where, [point["fom_fiducial_median"] for point in runs], ".", color=ORANGE, label="one run", zorder=3)
         axes.set_ylim(0, 1.25 * (fom + np.maximum(tiles, seeds)).max())
-        axes.set_xticks(lmax)
-        axes.set(xlabel="lmax", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
-        axes.set_title(f"Fiducial tiles, {result.noise_level}")
+        axes.set_xticks(place, list(name.values()))
+        axes.set(xlabel="nuisances" if several else "lmax", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
+        axes.set_title(f"Fiducial tiles, {result.noise_level}{'' if len(lmaxes) > 1 else f', lmax {lmaxes[0]}'}")
         axes.legend(loc="lower right")
+
+
+def _name_of(row: CurvePoint, several: bool, with_lmax: bool) -> str:
+    """A tick of the sweep's picture: nuisance, what is left of the FoM without any, and the lmax where they differ."""
+    if not several:
+        return str(row.lmax)
+    left = "" if row.to_bare is None or row.nuisance == NONE else f"\n{row.to_bare:.2f}"
+    return f"{row.nuisance}{left}" + (f"\n{row.lmax}" if with_lmax else "")
 
 
 def draw_learning_curves(result: LearningCurves, path: Path) -> None:

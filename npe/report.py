@@ -7,9 +7,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.artifacts import atomic_path
 from data.audit import TOLERATED_LEAK
+from data.config import kinds_of
 from npe.result import FomResult
 
 REPORT_NAME, TEMPLATE_NAME = "report.html", "report.html.j2"
+IN_WORDS = {
+    "ia": "intrinsic alignments",
+    "dz": "errors of the source redshifts",
+    "m": "errors of the shear calibration",
+}  # of the nuisances, which the tiles either vary or lack
+NEVER_IN = ("baryonic feedback", "masks", "the survey's footprint")
 
 
 def write_report(result: FomResult, folder: Path, compressor_run: Path) -> None:
@@ -26,6 +33,11 @@ def write_report(result: FomResult, folder: Path, compressor_run: Path) -> None:
         )
     ]
     pictures = {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items() if path.exists()}
-    html = page.render(r=result, tolerated_leak=TOLERATED_LEAK, tiles=tiles, pictures=pictures)
+    varied = kinds_of(result.compressor.config["nuisance"])
+    words = {
+        "varied": [text for kind, text in IN_WORDS.items() if kind in varied],
+        "left_out": [*(text for kind, text in IN_WORDS.items() if kind not in varied), *NEVER_IN],
+    }
+    html = page.render(r=result, tolerated_leak=TOLERATED_LEAK, tiles=tiles, pictures=pictures, **words)
     with atomic_path(folder / REPORT_NAME) as temporary:
         temporary.write_text(html, encoding="utf-8")

@@ -130,9 +130,10 @@ class CompressorUsed:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The runs of one lmax, which differ in their seeds."""
+    """The runs of one lmax and nuisance, which differ in their seeds."""
 
     lmax: int = key("largest multipole")
+    nuisance: str = key("nuisances of the survey that vary, or `none`")
     n_seeds: int = key("runs that succeeded")
     fom: float = key("mean over seeds of the median FoM")
     std_over_seeds: float | None = key("sample standard deviation over seeds; null for one seed")
@@ -140,6 +141,8 @@ class CurvePoint:
     chi2_per_dof: float = key("mean over seeds of the calibration's chi2_per_dof")
     mixture_fom: float = key("median FoM of the mixture of the runs' posteriors, tile by tile")
     worst_divergence_nats: float = key("largest mean KL divergence between two runs [nats]")
+    to_bare: float | None = key("mean over seeds of the FoM over that without nuisances; null if there is none")
+    to_bare_err: float | None = key("error of that mean; null for one seed")
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,10 @@ class SweepResult:
     """The content of fom_vs_lmax.json."""
 
     noise_level: str = key("shape noise of the tiles")
-    curve: list[CurvePoint] = key("one entry per lmax")
-    points: list[dict[str, Any]] = key("one entry per run: `lmax`, `seed`, `tag`, FoMs and `chi2_per_dof`; or `error`")
+    curve: list[CurvePoint] = key("one entry per lmax and nuisance")
+    points: list[dict[str, Any]] = key(
+        "one entry per run: `lmax`, `nuisance`, `seed`, `tag`, FoMs and `chi2_per_dof`; or `error`"
+    )
     failed: list[str] = key("tags of the runs that failed")
     folder: str = key("folder of the sweep")
     versions: dict[str, str] = key("commit of this code, Python and the packages")

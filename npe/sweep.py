@@ -9,7 +9,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, SWEEPS, named_folder, sha256_of_file, tiles_folder, write_json
+from common.artifacts import (
+    COMPRESSOR_RUNS,
+    NONE,
+    NPE_RUNS,
+    SWEEPS,
+    named_folder,
+    sha256_of_file,
+    tiles_folder,
+    write_json,
+)
 from common.errors import UserError, say
 from common.lock import exclusive
 from common.options import difference, identity
@@ -78,13 +87,14 @@ def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -
 
 def _refuse_early(run: SweepRun, compressor: CompressorConfig) -> None:
     """Raise UserError, before stage 1 takes its time, for tiles that would stop stage 2 or another point."""
-    sweep, size = run.sweep, (compressor.lmax, compressor.noise_level, compressor.nside)
-    folder = tiles_folder(compressor.tiles_dir, sweep.results_dir, compressor.lmax, compressor.noise_level)
+    sweep, nuisance = run.sweep, compressor.nuisance
+    size = compressor.lmax, compressor.noise_level, compressor.nside
+    folder = tiles_folder(compressor.tiles_dir, sweep.results_dir, compressor.lmax, compressor.noise_level, nuisance)
     tiles, _ = read_tiles_through_cache(folder, *size)
     if run.n_sims:
         subset_of(tiles.keys[:, 0], sweep.numbers[-1], compressor.split_seed, compressor.fiducial_sim_id)
     if fresh := run.npe("").calibration_tiles:
-        read_tiles_through_cache(named_folder(fresh, compressor.lmax, compressor.noise_level), *size)
+        read_tiles_through_cache(named_folder(fresh, compressor.lmax, compressor.noise_level, nuisance), *size)
 
 
 def _stage_1(folder: Path) -> CompressorResult:
@@ -126,8 +136,8 @@ def _is_kept(
 
 def _fingerprints(config: CompressorConfig | NPEConfig, compressor: CompressorConfig) -> dict[str, str | None]:
     """Of the tiles that a stage would read now, and of the weights that it would start from, as its result has them."""
-    lmax, level = compressor.lmax, compressor.noise_level
-    tiles = tiles_folder(config.tiles_dir or compressor.tiles_dir, config.results_dir, lmax, level)
+    lmax, level, nuisance = compressor.lmax, compressor.noise_level, compressor.nuisance
+    tiles = tiles_folder(config.tiles_dir or compressor.tiles_dir, config.results_dir, lmax, level, nuisance)
     folders = {"tiles": str(tiles), "noiseless_tiles": config.noiseless_tiles or compressor.noiseless_tiles}
     found: dict[str, str | None] = {}
     if isinstance(config, NPEConfig):
@@ -139,7 +149,8 @@ def _fingerprints(config: CompressorConfig | NPEConfig, compressor: CompressorCo
     for name, folder in folders.items():
         if folder:
             noise = NOISELESS if name == "noiseless_tiles" else level
-            read, _ = read_tiles_through_cache(named_folder(folder, lmax, level), lmax, noise, compressor.nside)
+            there = named_folder(folder, lmax, level, nuisance)
+            read, _ = read_tiles_through_cache(there, lmax, noise, compressor.nside)
             found[name] = fingerprint_of(read)
     return found
 
@@ -161,11 +172,11 @@ def _curve(
         name, result = LEARNING_CURVE_NAME, LearningCurves(curves=learning_curves(points, config.seed), **about)
         draw_learning_curves(result, (folder / name).with_suffix(".png"))
     else:
-        by_lmax: dict[int, list[FomResult]] = defaultdict(list)
+        done: dict[tuple[int, str], dict[int, FomResult]] = defaultdict(dict)
         for run, outcome in zip(config.runs, outcomes, strict=True):
             if not isinstance(outcome, Exception):
-                by_lmax[run.lmax].append(outcome)
-        curve = [combine_seeds(lmax, results) for lmax, results in sorted(by_lmax.items())]
+                done[run.lmax, run.nuisance][run.seed] = outcome
+        curve = [combine_seeds(*which, results, done.get((which[0], NONE), {})) for which, results in done.items()]
         name, result = CURVE_NAME, SweepResult(curve=curve, **about)
         draw_curve(result, (folder / name).with_suffix(".png"))
     write_json(folder / name, asdict(result))
@@ -175,7 +186,7 @@ def _curve(
 
 def _point(run: SweepRun, outcome: FomResult | Exception) -> dict[str, Any]:
     """What the curve's file says of a run."""
-    point: dict[str, Any] = {"lmax": run.lmax, "seed": run.seed, "tag": run.tag}
+    point: dict[str, Any] = {"lmax": run.lmax, "nuisance": run.nuisance, "seed": run.seed, "tag": run.tag}
     if run.n_sims:
         point |= {"n_sims": run.n_sims, "compressor_n_sims": run.compressor_n_sims}
     if isinstance(outcome, Exception):
@@ -187,13 +198,18 @@ def _point(run: SweepRun, outcome: FomResult | Exception) -> dict[str, Any]:
     return point
 
 
-def combine_seeds(lmax: int, results: list[FomResult]) -> CurvePoint:
-    """Figures of runs that differ in their seeds: what repeating the training does to the Figure of Merit."""
+def combine_seeds(lmax: int, nuisance: str, by_seed: dict[int, FomResult], bare: dict[int, FomResult]) -> CurvePoint:
+    """Figures of runs that differ in their seeds, each beside the run of its seed without nuisances."""
+    results = list(by_seed.values())
     medians = [result.fom_fiducial_median for result in results]
     scatters = [result.fom_fiducial_std for result in results if result.fom_fiducial_std is not None]
     ensemble = compare([result.posterior for result in results])
+    both = [seed for seed in by_seed if seed in bare]
+    ratios = np.array([by_seed[seed].fom_fiducial_median / bare[seed].fom_fiducial_median for seed in both])
+    spread = scatter(ratios) if len(ratios) else None
     return CurvePoint(
         lmax=lmax,
+        nuisance=nuisance,
         n_seeds=len(results),
         fom=float(np.mean(medians)),
         std_over_seeds=scatter(np.array(medians)),
@@ -201,4 +217,6 @@ def combine_seeds(lmax: int, results: list[FomResult]) -> CurvePoint:
         chi2_per_dof=float(np.mean([result.calibration.chi2_per_dof for result in results])),
         mixture_fom=ensemble.mixture.fom_fiducial_median,
         worst_divergence_nats=ensemble.worst_divergence_nats,
+        to_bare=float(ratios.mean()) if len(ratios) else None,
+        to_bare_err=None if spread is None else spread / np.sqrt(len(ratios)),
     )
