@@ -3,6 +3,7 @@
 python benchmarks/exact_posterior.py                    only Omega_m and S8 vary; --recipe laptop of run_compressor.py
 python benchmarks/exact_posterior.py --recipe best      --recipe best, with noiseless tiles
 python benchmarks/exact_posterior.py --vary all         all seven parameters vary
+python benchmarks/exact_posterior.py --nuisances        shear biases and the amplitude of alignments vary, too
 python benchmarks/exact_posterior.py --stage-1 "--loss nll"     further options of run_compressor.py
 python benchmarks/exact_posterior.py --n-sims 3160      four times the tiles
 
@@ -27,7 +28,7 @@ import torch
 
 from benchmarks.compare import name_of
 from benchmarks.leakage import BATCH_SIZE, run
-from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, read_json, tiles_folder, write_json
+from common.artifacts import COMPRESSOR_RUNS, NONE, NPE_RUNS, read_json, tiles_folder, write_json
 from common.device import describe_device
 from common.figures import BLUE, GREY, ORANGE, figure
 from common.versions import versions
@@ -40,6 +41,7 @@ from data.mock.exact import (
     ExactPosterior,
     WeightedPoints,
     draws_from_prior,
+    draws_with_nuisances,
     exact_posterior,
     grid_over_prior,
     log_likelihood,
@@ -48,6 +50,8 @@ from data.mock.flat import flat_tiles, powers_of
 from data.mock.nz import N_BINS
 from data.mock.theory import COSMO_NAMES
 from data.norm_stats import read_norm_stats
+from data.nuisance import DES_Y3, Prior, nuisance_of, priors_of, read_priors
+from data.nuisance import draw as draw_nuisances
 from data.schema import FOM_PARAMS, NOISELESS, PARAM_NAMES
 from data.tiles import Tiles, empty_kappa
 from npe.calibration import calibrate
@@ -67,6 +71,7 @@ CPU = torch.device("cpu")
 # "long" needs twice the passes of "laptop", and the rest differ from "best" in one thing.
 LONG = "--backbone tiny --max-epochs 40 --warmup-steps 200 --norm-tiles 0 --decay-epochs 2 --decay-factor 0.8"
 N_SIMS = 791
+NUISANCE = "m+ia"  # of --nuisances
 RECIPES = {
     "laptop": ("--recipe laptop", False),
     "long": (LONG, False),
@@ -77,19 +82,31 @@ RECIPES = {
 }
 
 
-def train(results: Path, vary: Vary, n_sims: int, recipe: str, more_options: str, seed: int) -> tuple[str, str]:
+def priors_file(results: Path) -> Path:
+    """DES Y3's priors of the nuisances, but alignments that do not evolve, so that one number says what they are."""
+    path = results / "priors.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(DES_Y3.replace("eta_IA flat -5 5", "eta_IA flat 0 0"))
+    return path
+
+
+def train(
+    results: Path, vary: Vary, n_sims: int, recipe: str, more_options: str, seed: int, nuisance: str
+) -> tuple[str, str]:
     """Run the commands of the suite and of both stages: the name of both runs, and the options of stage 1."""
     stage_1, noiseless = RECIPES[recipe]
     stage_1 = f"{stage_1} {more_options}".strip()
     tag = name_of(f"{recipe} {more_options} {seed}")
     compressor_run, npe_run = Path(results, COMPRESSOR_RUNS, tag), Path(results, NPE_RUNS, tag)
-    size, level = f"--lmax {LMAX} --nside {NSIDE}", f"--noise-level {NOISE_LEVEL}"
+    size, level = f"--lmax {LMAX} --nside {NSIDE} --nuisance {nuisance}", f"--noise-level {NOISE_LEVEL}"
     suite = f"run_mock.py {size} --geometry flat --field gaussian --vary {vary} --n-sims {n_sims}"
     suite += f" --results-dir {results}"
+    if nuisance != NONE:
+        suite += f" --nuisance-priors {priors_file(results)}"
     commands = [f"{suite} {level}"]
     if noiseless:
         commands.append(f"{suite} --noise-level {NOISELESS}")
-        stage_1 += f" --noiseless-tiles {tiles_folder('', results, LMAX, NOISELESS)}"
+        stage_1 += f" --noiseless-tiles {tiles_folder('', results, LMAX, NOISELESS, nuisance)}"
     if not (compressor_run / RESULT_NAME).exists():
         commands.append(f"run_compressor.py {size} {level} {stage_1} --results-dir {results} --tag {tag} --seed {seed}")
     if not (npe_run / NPE_RESULT_NAME).exists():
@@ -99,14 +116,16 @@ def train(results: Path, vary: Vary, n_sims: int, recipe: str, more_options: str
     return tag, stage_1
 
 
-def unseen_tiles(vary: Vary) -> tuple[np.ndarray, np.ndarray]:
+def unseen_tiles(vary: Vary, priors: dict[str, Prior]) -> tuple[np.ndarray, np.ndarray]:
     """Tiles that no training saw, first from the prior, then fiducial: cosmologies (n, 7), kappa (n, 4, N, N)."""
     cosmo = prior_quantile(np.random.default_rng(SEED).random((N_PRIOR, len(COSMO_NAMES))))
     cosmo = np.concatenate([held_fixed(cosmo, vary), np.tile(FIDUCIAL_COSMO, (N_FIDUCIAL, 1))])
     kappa = empty_kappa(len(cosmo), N_BINS, NSIDE)
     for i, one in enumerate(cosmo):
         signal_rng, noise_rng = (np.random.default_rng([SEED, i, kind]) for kind in (1, 2))
-        kappa[i] = flat_tiles(one, NOISE_LEVEL, LMAX, NSIDE, 1, signal_rng, noise_rng)[0]
+        drawn = nuisance_of(draw_nuisances(priors, SEED, i, fiducial=i >= N_PRIOR), 0, N_BINS)
+        size = NOISE_LEVEL, LMAX, NSIDE, 1
+        kappa[i] = flat_tiles(one, *size, signal_rng, noise_rng, [drawn] if priors else ())[0]
     return cosmo, kappa
 
 
@@ -236,17 +255,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vary", choices=["Omega_m,S8", "all"], default="Omega_m,S8")
     parser.add_argument("--recipe", choices=list(RECIPES), default="laptop")
+    parser.add_argument("--nuisances", action="store_true")
     parser.add_argument("--stage-1", default="", metavar="OPTIONS")
     parser.add_argument("--n-sims", type=int, default=N_SIMS)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--results-dir", type=Path, default=Path("build/exact"))
     options = parser.parse_args()
-    results = options.results_dir / f"{options.vary.replace(',', '_')}_{options.n_sims}"
-    tag, used = train(results, options.vary, options.n_sims, options.recipe, options.stage_1, options.seed)
+    if options.nuisances and options.vary == "all":
+        parser.error("--nuisances are exact only with --vary Omega_m,S8")
+    nuisance = NUISANCE if options.nuisances else NONE
+    suite = f"{options.vary.replace(',', '_')}_{options.n_sims}" + "_nuisances" * options.nuisances
+    results = options.results_dir / suite
+    tag, used = train(results, options.vary, options.n_sims, options.recipe, options.stage_1, options.seed, nuisance)
 
-    cosmo, kappa = unseen_tiles(options.vary)
-    points = grid_over_prior() if options.vary == "Omega_m,S8" else draws_from_prior(N_DRAWS_LOG2, SEED)
-    log_like = log_likelihood(points.cosmo, powers_of(kappa, LMAX), NOISE_LEVEL, LMAX, NSIDE)
+    priors = priors_of(NUISANCE, read_priors(str(priors_file(results))), N_BINS) if options.nuisances else {}
+    cosmo, kappa = unseen_tiles(options.vary, priors)
+    if options.nuisances:
+        points = draws_with_nuisances(N_DRAWS_LOG2 + 1, SEED, priors)
+    else:
+        points = grid_over_prior() if options.vary == "Omega_m,S8" else draws_from_prior(N_DRAWS_LOG2, SEED)
+    log_like = log_likelihood(points, powers_of(kappa, LMAX), NOISE_LEVEL, LMAX, NSIDE)
     exact = exact_posterior(points, log_like)
     learnt = learnt_posterior(results / COMPRESSOR_RUNS / tag, results / NPE_RUNS / tag, kappa)
     result = compare(exact, learnt, cosmo[:, :2])

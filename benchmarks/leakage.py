@@ -36,7 +36,7 @@ from data.mock.nz import N_BINS
 from data.mock.simulation import Simulation, simulate
 from data.norm_stats import read_norm_stats
 from data.read_shards import read_tiles
-from data.schema import TILES_PER_SIM, columns_of, nside_of, tile_keys
+from data.schema import TILES_PER_SIM, nside_of, tile_keys
 from data.tiles import Tiles, empty_kappa
 from npe.calibration import calibrate
 from npe.fom import N_BOOTSTRAP, bootstrap_median
@@ -105,7 +105,7 @@ def evaluate(run_folder: Path, npe_run: Path, fresh: Tiles, fiducial: Tiles) -> 
     posterior = predict_posterior(npe, summary.to(device), params, norm_stats)
     fom = predict_posterior(npe, summaries(fiducial)[0].to(device), params, norm_stats).fom  # (n_fiducial,)
     rng, sim_id = np.random.default_rng(0), fresh.keys[:, 0]
-    median, theta = float(np.median(fom)), columns_of(fresh.params, params)
+    median, theta = float(np.median(fom)), fresh.columns(params)
     calibration = calibrate(posterior, theta, sim_id, rng, fom=median, tiles="fresh", optimistic=False)
     fom_error = float(bootstrap_median(fom, fiducial.keys[:, 0], rng).std())
     stage_1, stage_2 = read_result(run_folder / RESULT_NAME, CompressorResult, "stage 1"), read_fom_result(npe_run)

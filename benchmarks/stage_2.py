@@ -169,9 +169,9 @@ def main() -> None:
     options = parser.parse_args()
     compressor = load_compressor(options.run / CHECKPOINT_NAME, CPU, "float32")
     norm_stats = read_norm_stats(options.run)
-    cosmo, kappa = unseen_tiles(VARY)
+    cosmo, kappa = unseen_tiles(VARY, {})
     exact = exact_posterior(
-        points := grid_over_prior(), log_likelihood(points.cosmo, powers_of(kappa, LMAX), NOISE_LEVEL, LMAX, NSIDE)
+        points := grid_over_prior(), log_likelihood(points, powers_of(kappa, LMAX), NOISE_LEVEL, LMAX, NSIDE)
     )
     unused = np.ones((len(kappa), len(PARAM_NAMES)))
     unseen = Tiles(kappa, np.zeros((len(kappa), 3), dtype=np.int64), unused, LMAX, NOISE_LEVEL)

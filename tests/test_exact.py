@@ -13,6 +13,7 @@ from data.mock.exact import (
     ExactPosterior,
     WeightedPoints,
     draws_from_prior,
+    draws_with_nuisances,
     exact_posterior,
     grid_over_prior,
     log_likelihood,
@@ -21,6 +22,7 @@ from data.mock.flat import flat_tiles, modes_of, powers_of
 from data.mock.nz import N_BINS
 from data.mock.suite import build_suite
 from data.mock.theory import BIN_PAIRS, cl_matrix, theory_cl_at
+from data.nuisance import Prior, draw, nuisance_of, priors_of, read_priors
 from data.read_shards import read_tiles
 from data.schema import noise_cl
 from data.shard_metadata import read_orientations
@@ -71,11 +73,14 @@ def test_the_exact_posterior_covers_as_it_says() -> None:
     cosmo = prior_cosmologies(500, 1)
     powers = powers_of(tiles_of(cosmo, LMAX, NSIDE, 2), LMAX)
     grid = grid_over_prior((120, 160))
-    on_grid = log_likelihood(grid.cosmo, powers, NOISE_LEVEL, LMAX, NSIDE)  # (n_cells, 500)
+    on_grid = log_likelihood(grid, powers, NOISE_LEVEL, LMAX, NSIDE)  # (n_cells, 500)
     with np.errstate(divide="ignore"):
         log_density = on_grid + np.log(grid.weight / grid.cell)[:, None]
     at_truth = np.array(
-        [log_likelihood(c[None], p[None], NOISE_LEVEL, LMAX, NSIDE)[0, 0] for c, p in zip(cosmo, powers, strict=True)]
+        [
+            log_likelihood(WeightedPoints(c[None], np.ones(1), 0.0), p[None], NOISE_LEVEL, LMAX, NSIDE)[0, 0]
+            for c, p in zip(cosmo, powers, strict=True)
+        ]
     ) + np.log(prior_density(cosmo[:, :2]))
     p = np.exp(log_density - log_density.max(axis=0))
     above = np.where(log_density > at_truth, p, 0).sum(axis=0) / p.sum(axis=0)  # credibility of the truth's contour
@@ -108,7 +113,7 @@ def test_with_a_hundred_times_the_area_it_is_the_inverse_fisher_matrix() -> None
     cosmo[:, 0], cosmo[:, 1] = (a.ravel() for a in np.meshgrid(*axes, indexing="ij"))
     cell = float(np.prod([a[1] - a[0] for a in axes]))
     points = WeightedPoints(cosmo, np.full(len(cosmo), cell), cell)
-    exact = exact_posterior(points, area * log_likelihood(cosmo, powers, NOISE_LEVEL, lmax, nside))
+    exact = exact_posterior(points, area * log_likelihood(points, powers, NOISE_LEVEL, lmax, nside))
     sigma = np.sqrt(np.diag(expected))
     assert np.abs((exact.cov[0] - expected) / np.outer(sigma, sigma)).max() < 0.03
     assert exact.fom[0] * np.sqrt(np.linalg.det(expected)) == pytest.approx(1, abs=0.03)
@@ -116,11 +121,34 @@ def test_with_a_hundred_times_the_area_it_is_the_inverse_fisher_matrix() -> None
     assert exact.kl_gaussian[0] < 0.01
 
 
+def test_with_nuisances_the_exact_posterior_covers_and_is_wider() -> None:
+    priors = priors_of("m+ia", read_priors("") | {"eta_IA": Prior("flat", 0, 0)}, N_BINS)
+    cosmo = prior_cosmologies(300, 7)
+    rng = np.random.default_rng(8)
+    drawn = [nuisance_of(draw(priors, 9, i, fiducial=False), 0, N_BINS) for i in range(len(cosmo))]
+    kappa = [
+        flat_tiles(one, NOISE_LEVEL, LMAX, NSIDE, 1, rng, rng, [nuisance])[0]
+        for one, nuisance in zip(cosmo, drawn, strict=True)
+    ]
+    powers = powers_of(np.stack(kappa), LMAX)
+    points = draws_with_nuisances(16, 10, priors)
+    exact = exact_posterior(points, log_likelihood(points, powers, NOISE_LEVEL, LMAX, NSIDE))
+    z = (exact.mu - cosmo[:, :2]) / np.sqrt(np.diagonal(exact.cov, axis1=1, axis2=2))
+    assert exact.n_effective.min() > 50
+    assert np.abs(z.mean(axis=0)).max() < 3 / np.sqrt(len(z))
+    assert np.abs(z.std(axis=0) - 1).max() < 3 / np.sqrt(2 * len(z))
+    # Who takes the tiles for bare ones is too sure.
+    bare = exact_posterior(grid := grid_over_prior((60, 80)), log_likelihood(grid, powers, NOISE_LEVEL, LMAX, NSIDE))
+    z = (bare.mu - cosmo[:, :2]) / np.sqrt(np.diagonal(bare.cov, axis1=1, axis2=2))
+    assert z.std(axis=0).max() > 1 + 5 / np.sqrt(2 * len(z))
+    assert np.median(exact.fom / bare.fom) < 0.9
+
+
 def test_grid_and_importance_sampling_give_one_posterior() -> None:
     powers = powers_of(tiles_of(prior_cosmologies(20, 5), LMAX, NSIDE, 6), LMAX)
 
     def posterior(points: WeightedPoints) -> ExactPosterior:
-        return exact_posterior(points, log_likelihood(points.cosmo, powers, NOISE_LEVEL, LMAX, NSIDE))
+        return exact_posterior(points, log_likelihood(points, powers, NOISE_LEVEL, LMAX, NSIDE))
 
     draws = draws_from_prior(16, 0)
     grid = posterior(grid_over_prior((120, 160)))

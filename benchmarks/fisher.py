@@ -1,0 +1,86 @@
+"""What nuisances cost by a Gaussian Fisher forecast, for one tile: `python benchmarks/fisher.py`.
+
+At the fiducial cosmology, spectra of the four bins from ell = 2 to lmax, with w, h, n_s and Omega_b marginalised
+over with the suite's spread, and every nuisance with its prior. The fiducial amplitude of the alignments is zero, so
+their redshift dependence changes nothing here, while a suite varies it. A yardstick and not a bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+from data.mock.cosmology import FIDUCIAL_COSMO, design
+from data.mock.limber import spectra_ratio
+from data.mock.nz import N_BINS
+from data.mock.theory import COSMO_NAMES, cl_matrix, theory_cl_at
+from data.nuisance import Prior, nuisance_of, priors_of, read_priors
+from data.schema import FOM_PARAMS, noise_cl
+
+SKY = 1 / 12  # of a tile
+SUITE = 791, 42  # simulations whose spread is the prior, and their seed
+FIXED = ("m_nu",)
+STEP = 1e-2  # of a difference, in a parameter's spread
+NUISANCES = ("none", "m", "dz", "ia", "all")
+
+
+def spectra(cosmo: np.ndarray, values: dict[str, float], ell: np.ndarray) -> np.ndarray:
+    """C_ell of the signal (n_ell, 4, 4), with nuisances by name."""
+    nuisance = nuisance_of({name: np.array([value]) for name, value in values.items()}, 0, N_BINS)
+    cl = cl_matrix(theory_cl_at(cosmo, ell)[0] * spectra_ratio(cosmo, [nuisance], ell)[0])
+    return cl * np.outer(1 + nuisance.m, 1 + nuisance.m)
+
+
+def spread_of(prior: Prior) -> float:
+    """Its standard deviation."""
+    return prior.b if prior.shape == "normal" else (prior.b - prior.a) / np.sqrt(12)
+
+
+def fisher_fom(lmax: int, noise_level: str, nuisance: str) -> float:
+    """1 / sqrt(det Cov(Omega_m, S8)), marginalised over the rest with Gaussian priors."""
+    ell = np.arange(2, lmax + 1)
+    _, suite = design(*SUITE, None)
+    spread = dict(zip(COSMO_NAMES, suite.std(axis=0), strict=True))
+    priors = {name: prior for name, prior in priors_of(nuisance, read_priors(""), N_BINS).items() if name != "eta_IA"}
+    spread |= {name: spread_of(prior) for name, prior in priors.items()}
+    names = [name for name in spread if name not in FIXED]
+
+    def moved(name: str, sign: int) -> np.ndarray:
+        cosmo, step = FIDUCIAL_COSMO.copy(), sign * STEP * spread[name]
+        if name in COSMO_NAMES:
+            cosmo[COSMO_NAMES.index(name)] += step
+            return spectra(cosmo, {}, ell)
+        return spectra(cosmo, {name: step}, ell)
+
+    total = spectra(FIDUCIAL_COSMO, {}, ell) + np.diag(noise_cl(noise_level, N_BINS))
+    changes = [(moved(name, 1) - moved(name, -1)) / (2 * STEP * spread[name]) for name in names]
+    whitened = [np.linalg.solve(total, change) for change in changes]  # (n_ell, 4, 4) each
+    modes = SKY * (2 * ell + 1) / 2
+    fisher = np.array([[np.einsum("l,lij,lji->", modes, a, b) for a in whitened] for b in whitened])
+    known = [0 if name in FOM_PARAMS else spread[name] ** -2 for name in names]
+    cov = np.linalg.inv(fisher + np.diag(known))
+    both = [names.index(name) for name in FOM_PARAMS]
+    return float(np.linalg.det(cov[np.ix_(both, both)]) ** -0.5)
+
+
+def main() -> None:
+    """Compute, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lmax", type=int, default=200)
+    parser.add_argument("--noise-level", default="des_y3_survey")
+    options = parser.parse_args()
+    bare = fisher_fom(options.lmax, options.noise_level, "none")
+    print(f"lmax {options.lmax}, {options.noise_level}\n| nuisances | FoM | / bare |\n|---|---|---|")
+    for nuisance in NUISANCES:
+        fom = fisher_fom(options.lmax, options.noise_level, nuisance)
+        print(f"| {nuisance} | {fom:.0f} | {fom / bare:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
