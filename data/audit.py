@@ -11,7 +11,7 @@ from data.moments import Moments
 from data.schema import name_of_tile
 from data.sky import Orientations, covered_patches
 from data.tiles import Tiles
-from data.variance_outliers import OUTLIER_SIGMA, Outlier, variance_outliers
+from data.variance_outliers import Outlier, variance_outliers
 
 TOLERATED_LEAK = 0.01  # of a split's tiles
 N_LISTED = 5  # outliers
@@ -85,9 +85,10 @@ class Audit:
             found = f"{one} and {other} are the same pixels ({self.n_duplicates_across_sims} such tiles)"
             lines.append(f"{found}, so one has the wrong cosmology; rebuild their shards")
         if self.variance_outliers:
-            worst, far = self.variance_outliers[0], f"beyond {OUTLIER_SIGMA} robust sigmas"
+            worst = self.variance_outliers[0]
             found = f"{name_of_tile(worst.key)} has {worst.factor:.2g} times the variance of its simulation's tiles"
-            lines.append(f"{found} in bin {worst.bin} ({self.n_variance_outliers} are {far}); rebuild their shards")
+            far = f"{worst.sigma:.0f} robust sigmas away; {self.n_variance_outliers} such tiles"
+            lines.append(f"{found} in bin {worst.bin} ({far}); rebuild their shards")
         if self.band_limit:
             lines.append(f"the tiles are not what --lmax says: {self.band_limit}; check --lmax and --tiles-dir")
         if self.fiducial and self.fiducial.outside:
@@ -123,7 +124,7 @@ def audit_tiles(
 
     across = np.flatnonzero(has_earlier(group, sim_ids))
     example = [across[0], np.argmax(group == group[across[0]])] if len(across) else []
-    outliers = variance_outliers(tiles.keys, moments.variance)
+    outliers = variance_outliers(tiles.keys, moments.variance, tiles.nuisances)
     is_fiducial = sim_ids == fiducial_sim_id
     others = np.isin(np.arange(n), np.concatenate(list(splits.values()))) & ~is_fiducial
     ranges = {name: [float(v[others].min()), float(v[others].max())] for name, v in tiles.labels.items()}

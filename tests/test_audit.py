@@ -204,6 +204,16 @@ def test_a_scaled_a_noise_only_and_a_constant_tile_stand_out_and_no_other(larger
     median = np.median([larger_tiles.kappa[i, found[2].bin].var() for i in range(96, 108)])
     assert found[2].factor == pytest.approx(2.25 * larger_tiles.kappa[100, found[2].bin].var() / median, rel=0.05)
 
+    # With nuisances a whole orientation may differ; then a tile stands out from the others of its orientation alone.
+    larger = replace(larger_tiles, kappa=larger_tiles.kappa.copy())
+    larger.kappa[96:100] *= 2.0
+    variance = moments_of(larger.kappa).variance
+    assert variance_outliers(larger.keys, variance)
+    assert variance_outliers(larger.keys, variance, ["dz_1"]) == []
+    larger.kappa[98] *= 1.7
+    found = variance_outliers(larger.keys, moments_of(larger.kappa).variance, ["A_IA"])
+    assert [o.key for o in found] == larger.keys[[98]].tolist()
+
     variance = moments_of(tiles.kappa).variance
     for tile_ids, n_outliers in ((3, 3), (2, 0)):  # 9 or 6 tiles of a simulation: too few for a median to be far from
         some = tiles.keys[:, 2] < tile_ids
