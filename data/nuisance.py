@@ -1,5 +1,6 @@
 """Nuisances of a survey, shear calibration, source redshifts and intrinsic alignments: their priors and physics."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from scipy.special import hyp2f1, ndtri
 
 from common.errors import UserError
 from data.config import kinds_of
-from data.schema import N_ORIENTATIONS, NUISANCE
+from data.schema import N_ORIENTATIONS, NUISANCE, in_order
 
 C1_RHO_CRIT = 0.0134  # Bridle & King 2007, arXiv:0705.0166: 5e-14 Mpc^3 / (h^2 solar masses) times rho_crit today
 PIVOT_Z = 0.62  # Secco, Samuroff et al. 2022, arXiv:2105.13544
-MAX_LOST_SOURCES = 0.02  # of a bin, that a shift may push below z = 0
+MAX_LOST_SOURCES = 0.02  # of a bin, that a shift may move below z = 0 or beyond the last z
+LARGEST = 20.0  # number in a table of priors; pixels of stronger alignments would be infinite
 
 # DES Y3: shear calibration of Amon et al. 2022, arXiv:2105.13543 (its means are calibrated away); redshifts of Myles et
 # al. 2021, arXiv:2012.08566; alignments of Secco, Samuroff et al. 2022, arXiv:2105.13544.
@@ -29,7 +31,11 @@ dz_4 normal 0 0.017
 A_IA flat -5 5
 eta_IA flat -5 5
 """
-LINE = "a line is like `m_1 normal 0 0.0091` (mean, sigma) or `A_IA flat -5 5` (lower, upper)"
+LINE = "a line is like `m_1 normal 0 0.0091` (mean, sigma) or `A_IA flat -5 5` (lower, upper), at most 20 each"
+
+
+class PriorsTooWideError(UserError):
+    """A draw from the priors cannot be simulated."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Nuisance:
 
     @property
     def kernel(self) -> bytes:
-        """The same for nuisances that differ in the scale of the maps alone."""
+        """Redshift shifts and alignments as bytes: equal where two nuisances differ in the shear bias alone."""
         return np.array([*self.dz, self.a_ia, self.eta_ia * (self.a_ia != 0)]).tobytes()
 
     @property
@@ -77,15 +83,16 @@ class Nuisance:
 
 
 def names_of(kinds: tuple[str, ...], n_bins: int) -> list[str]:
-    """Names of the nuisances of these kinds, as the shards have them."""
+    """Names of the nuisances of these kinds, in their order."""
     names = ["A_IA", "eta_IA"] if "ia" in kinds else []
-    return names + [f"{kind}_{a + 1}" for kind in ("dz", "m") if kind in kinds for a in range(n_bins)]
+    return in_order(names + [f"{kind}_{a + 1}" for kind in ("dz", "m") if kind in kinds for a in range(n_bins)])
 
 
-def varies(nuisance: str, name: str) -> bool:
-    """Whether one --nuisance varies this nuisance."""
-    kind = "ia" if name.endswith("_IA") else name.partition("_")[0]
-    return kind in kinds_of(nuisance)
+def check_varied(nuisances: Iterable[str], n_bins: int, nuisance: str, folder: Path) -> None:
+    """Raise UserError if the tiles of a folder vary other nuisances than --nuisance says."""
+    if list(nuisances) != names_of(kinds_of(nuisance), n_bins):
+        found = f"the tiles in {folder} vary {', '.join(nuisances) or 'no nuisances'}"
+        raise UserError(f"{found}, which is not --nuisance {nuisance}; give theirs, or other tiles")
 
 
 def read_priors(path: str) -> dict[str, Prior]:
@@ -96,7 +103,7 @@ def read_priors(path: str) -> dict[str, Prior]:
     """
     where = f"--nuisance-priors {path}"
     try:
-        text = Path(path).read_text(encoding="utf-8") if path else DES_Y3
+        text = Path(path).read_text(encoding="utf-8-sig") if path else DES_Y3
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read ({error}); give a table of priors") from None
     priors: dict[str, Prior] = {}
@@ -121,13 +128,13 @@ def priors_of(nuisance: str, priors: dict[str, Prior], n_bins: int) -> dict[str,
 
 def described(priors: dict[str, Prior]) -> dict[str, Any]:
     """What a shard says of the priors that its nuisances were drawn from; nothing if none vary."""
-    return {"nuisances": {name: list(vars(prior).values()) for name, prior in priors.items()}} if priors else {}
+    return {"nuisance_priors": {name: list(vars(prior).values()) for name, prior in priors.items()}} if priors else {}
 
 
 def _parsed(words: list[str], where: str) -> tuple[str, Prior]:
     try:
         name, shape, a, b = words[0], words[1], float(words[2]), float(words[3])
-        good = len(words) == 4 and NUISANCE.fullmatch(name) and np.isfinite([a, b]).all()
+        good = len(words) == 4 and NUISANCE.fullmatch(name) and abs(a) <= LARGEST and abs(b) <= LARGEST
     except (IndexError, ValueError):
         good = None
     if not good or shape not in ("normal", "flat"):
@@ -160,15 +167,21 @@ def nuisance_of(values: dict[str, np.ndarray], orientation: int, n_bins: int) ->
     return Nuisance(m, dz, value("A_IA"), value("eta_IA"))
 
 
-def check_shifts(z: np.ndarray, nz: np.ndarray, draws: list[dict[str, np.ndarray]]) -> None:
-    """Raise UserError if a shift among the draws pushes too many sources, nz (n_bins, n_z) at z, below z = 0."""
+def check_shifts(z: np.ndarray, nz: np.ndarray, draws: list[dict[str, np.ndarray]], z_end: float = np.inf) -> None:
+    """Raise PriorsTooWideError if a shift among the draws is too large for sources nz (n_bins, n_z) at z."""
     for a, n in enumerate(nz):
-        name = f"dz_{a + 1}"
-        lowest = min((float(values[name].min()) for values in draws if name in values), default=0.0)
-        lost = np.trapezoid(np.where(z < -lowest, n, 0), z) / np.trapezoid(n, z)
+        shifts = np.concatenate([[0.0], *(values[f"dz_{a + 1}"] for values in draws if f"dz_{a + 1}" in values)])
+        for shift in (shifts.min(), shifts.max()):
+            check_shift(z, n, a, float(shift), z_end)
+
+
+def check_shift(z: np.ndarray, n: np.ndarray, a: int, shift: float, z_end: float) -> None:
+    """Raise PriorsTooWideError if a shift moves too many sources of bin a, n (n_z,) at z, below 0 or beyond z_end."""
+    for where, outside in (("below z = 0", z < -shift), (f"beyond z = {z_end:.2f}", z > z_end - shift)):
+        lost = np.trapezoid(np.where(outside, n, 0), z) / np.trapezoid(n, z)
         if lost > MAX_LOST_SOURCES:
-            found = f"{name} = {lowest:.3f} pushes {lost:.0%} of the sources of bin {a + 1} below z = 0"
-            raise UserError(f"{found}; give narrower --nuisance-priors")
+            found = f"dz_{a + 1} = {shift:.3f} moves {lost:.0%} of the sources of bin {a + 1} {where}"
+            raise PriorsTooWideError(f"{found}; give narrower --nuisance-priors")
 
 
 def growth(z: np.ndarray, omega_m: float, w: float) -> np.ndarray:

@@ -39,7 +39,7 @@ from fake_lightcones import (
 from common.artifacts import CannotWriteError
 from common.errors import UserError
 from data.ingest import born, lightcone
-from data.ingest.born import weights_with
+from data.ingest.born import born_weights, sources_inside, weights_with
 from data.ingest.config import IngestConfig
 from data.ingest.download import download
 from data.ingest.lightcone import BadSimulationError, project_lightcone
@@ -50,7 +50,7 @@ from data.ingest.suite import ingest_side_by_side, plan, run_ingest
 from data.mock.cosmology import FIDUCIAL, FIDUCIAL_COSMO, design, params_of
 from data.mock.nz import nz_of_bins
 from data.mock.theory import BIN_PAIRS
-from data.nuisance import Nuisance
+from data.nuisance import Nuisance, PriorsTooWideError
 from data.read_shards import read_tiles
 from data.schema import PARAM_NAMES, noise_cl
 from data.shard_metadata import read_orientations
@@ -195,6 +195,25 @@ def test_a_spoiled_shell_list_is_refused_and_would_fail_the_spectra(
     assert np.abs(deviations(spoiled, sources)).max() > MOST_SIGMA
 
 
+def test_alignments_need_the_shells_that_hold_the_sources(
+    skies: list[Path], sources: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    shells = shells_of(FIDUCIAL_COSMO)
+    lensing = born_weights(shells, *sources, FIDUCIAL["Omega_m"])
+    share = (lensing / lensing.sum(axis=1, keepdims=True)).max(axis=0)  # (n_shells,)
+    k = np.argmax(np.where(share < lightcone.MAX_LOST_SHARE, sources_inside(shells, *sources).max(axis=0), 0))
+    shutil.copytree(skies[0], tmp_path / "sim")
+    np.save(tmp_path / "sim" / f"run.{shells.step[k]:05d}.incomplete.npy", np.zeros(1))
+    _, incomplete = project_lightcone(tmp_path / "sim", FIDUCIAL_PARAMS, *sources)
+    assert shells.step[k] in incomplete
+    with pytest.raises(BadSimulationError, match="or of its sources"):
+        project_lightcone(tmp_path / "sim", FIDUCIAL_PARAMS, *sources, [SOME])
+    # A prior that leads out of the shells is no fault of a simulation, which would be left out.
+    far = replace(SOME, dz=np.array([0.0, 0.0, 0.0, 2.5]))
+    with pytest.raises(PriorsTooWideError, match=r"dz_4 = 2.500 moves .* of the sources of bin 4 beyond z = 4"):
+        project_lightcone(skies[0], FIDUCIAL_PARAMS, *sources, [far])
+
+
 def test_a_missing_row_of_z_values_is_refused(
     skies: list[Path], sources: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
@@ -331,6 +350,15 @@ def test_nuisances_come_out_of_one_pass_and_zero_width_changes_nothing(
     m = tiles["_m"].columns([f"m_{a + 1}" for a in range(4)])[:, :, None, None]
     np.testing.assert_allclose(tiles["_m"].kappa, (1 + m) * bare, rtol=1e-4, atol=1e-7)
     assert tiles["_all"].nuisances["dz_2"][0] == tiles["_dz"].nuisances["dz_2"][0] != tiles["_dz"].nuisances["dz_2"][4]
+
+    # Where all orientations are given what one has, its tiles are the same: each has the sky of its own label.
+    for row in (0, 4, 8):
+        fixed = "\n".join(f"{name} normal {v[row]:.17g} 0" for name, v in tiles["_all"].nuisances.items())
+        (tmp_path / "priors.txt").write_text(fixed)
+        folder = tmp_path / str(row)
+        made(config_of(suite, folder, nuisance="all", nuisance_priors=tmp_path / "priors.txt", sims="1"))
+        again = read_tiles(folder / f"tiles/lmax_{SMALL_LMAX}_noiseless_all", SMALL_LMAX, "noiseless").kappa
+        assert np.array_equal(again[row : row + 4], tiles["_all"].kappa[row : row + 4])
 
     zero = "\n".join(f"{name} normal 0 0" for name in tiles["_all"].nuisances)
     (tmp_path / "priors.txt").write_text(zero)

@@ -3,7 +3,6 @@
 All distances are comoving and in Mpc/h, as in the simulations' files.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ from scipy.integrate import cumulative_simpson, cumulative_trapezoid
 from scipy.interpolate import CubicSpline
 
 from common.errors import UserError
-from data.nuisance import Nuisance, alignment
+from data.nuisance import Nuisance, alignment, check_shift
 from data.schema import PARAM_NAMES
 
 HUBBLE_DISTANCE = 2997.92458  # c / H0 [Mpc/h]
@@ -96,17 +95,9 @@ def born_weights(shells: Shells, z: np.ndarray, nz: np.ndarray, omega_m: float) 
     g_a(chi) = int_chi^inf n_a(chi') (chi' - chi) / chi' dchi' (e.g. Bartelmann & Schneider 2001, astro-ph/9912508,
     section 6.2), chi_k the middle of a shell and z_k its redshift.
 
-    The sources are z (n_z,) and the normalised nz (n_bins, n_z), as from read_nz.
-
-    Raises:
-        UserError: sources lie beyond the outermost shell.
+    The sources are z (n_z,) and the normalised nz (n_bins, n_z), as from read_nz. Those beyond the outermost shell
+    count as at its end.
     """
-    beyond = np.where(z > shells.z_far[-1], nz, 0)  # (n_bins, n_z)
-    if (unseen := np.trapezoid(beyond, z, axis=1)).max() > MAX_UNSEEN_SOURCES:
-        raise UserError(
-            f"{100 * unseen.max():.1f} % of the sources of bin {int(unseen.argmax()) + 1} lie beyond z = "
-            f"{shells.z_far[-1]:.2f}, where the shells end; give another --nz"
-        )
     edges_z, edges_chi = np.append(0, shells.z_far), np.append(0, shells.chi_far)
     chi_source = CubicSpline(edges_z, edges_chi)(np.minimum(z, edges_z[-1]))  # (n_z,)
     chi, z_middle = middle_of(shells)
@@ -116,6 +107,16 @@ def born_weights(shells: Shells, z: np.ndarray, nz: np.ndarray, omega_m: float) 
     return 1.5 * omega_m / HUBBLE_DISTANCE**2 * kernel * g  # (n_bins, n_shells)
 
 
+def check_reach(shells: Shells, z: np.ndarray, nz: np.ndarray) -> None:
+    """Raise UserError if sources, as in born_weights, lie beyond the outermost shell."""
+    beyond = np.where(z > shells.z_far[-1], nz, 0)  # (n_bins, n_z)
+    if (unseen := np.trapezoid(beyond, z, axis=1)).max() > MAX_UNSEEN_SOURCES:
+        raise UserError(
+            f"{100 * unseen.max():.1f} % of the sources of bin {int(unseen.argmax()) + 1} lie beyond z = "
+            f"{shells.z_far[-1]:.2f}, where the shells end; give another --nz"
+        )
+
+
 def weights_with(
     nuisance: Nuisance, shells: Shells, z: np.ndarray, nz: np.ndarray, omega_m: float, w: float
 ) -> np.ndarray:
@@ -123,21 +124,25 @@ def weights_with(
 
     An aligned galaxy of bin a has the convergence F(z) delta, so a shell adds F(z_k) times the share of the bin's
     galaxies that lie in it.
+
+    Raises:
+        PriorsTooWideError: a shift moves sources to where there are no shells.
     """
     rows = []
-    for shift, n in zip(nuisance.dz, nz, strict=True):
+    for a, (shift, n) in enumerate(zip(nuisance.dz, nz, strict=True)):
         moved = z + shift  # (n_z,): n(z - dz) has its values dz farther out
+        check_shift(z, n, a, float(shift), float(shells.z_far[-1]))
         n = np.where(moved >= 0, n, 0)
         n /= np.trapezoid(n, moved)
         row = born_weights(shells, np.maximum(moved, 0), n[None], omega_m)[0]  # (n_shells,)
         if nuisance.a_ia:
-            nearer = cumulative_trapezoid(n, moved, initial=0)
-            inside = np.interp(shells.z_far, moved, nearer) - np.interp(shells.z_near, moved, nearer)  # (n_shells,)
-            row += alignment(middle_of(shells)[1], nuisance, omega_m, w) * inside
+            of_shells = alignment(middle_of(shells)[1], nuisance, omega_m, w)  # (n_shells,)
+            row += of_shells * sources_inside(shells, moved, n[None])[0]
         rows.append(row)
     return np.stack(rows)
 
 
-def lost_share(weights: np.ndarray, missing: Sequence[bool] | np.ndarray) -> float:
-    """Share of its total weight that the bin which loses most has in missing shells."""
-    return float((weights[:, np.asarray(missing, dtype=bool)].sum(axis=1) / weights.sum(axis=1)).max())
+def sources_inside(shells: Shells, z: np.ndarray, nz: np.ndarray) -> np.ndarray:
+    """The share of every bin's sources that lie in every shell, (n_bins, n_shells)."""
+    nearer = cumulative_trapezoid(nz, z, axis=1, initial=0)  # (n_bins, n_z)
+    return np.stack([np.interp(shells.z_far, z, n) - np.interp(shells.z_near, z, n) for n in nearer])

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from common.artifacts import NONE
 from common.errors import UserError
 from common.options import SeedOptions, option
-from data.config import NoiseLevel, kinds_of, nuisance_list, number_list
+from data.config import NoiseLevel, check_priors_are_used, kinds_of, nuisance_list, number_list
 
 SkyGeometry = Literal["disjoint", "published"]
 Ordering = Literal["auto", "RING", "NEST"]
@@ -44,8 +44,9 @@ class IngestConfig(SeedOptions):
             raise UserError("--lightcones needs the source galaxies; give their n(z) as --nz")
         if self.kappa_maps and self.nz:
             raise UserError("--kappa-maps have their own source galaxies; leave out --nz")
-        if self.kappa_maps and any({"dz", "ia"} & set(kinds_of(one)) for one in self.nuisance.split(",")):
+        if self.kappa_maps and any({"dz", "ia"} & set(kinds_of(one)) for one in nuisance_list(self.nuisance)):
             raise UserError("--kappa-maps have their own source galaxies; of --nuisance only m works with them")
+        check_priors_are_used(self.nuisance_priors, self.nuisance)
         self.sim_list, self.configurations  # noqa: B018  (refuses what is not a list)
 
     @property

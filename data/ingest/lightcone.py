@@ -18,16 +18,16 @@ from typing import IO, Any, cast
 import numpy as np
 
 from common.errors import UserError
-from data.ingest.born import Shells, born_weights, lost_share, parse_shells, weights_with
-from data.nuisance import Nuisance
+from data.ingest.born import Shells, born_weights, check_reach, parse_shells, sources_inside, weights_with
+from data.nuisance import Nuisance, PriorsTooWideError
 from data.schema import PARAM_NAMES
 
 Z_VALUES = "z_values.txt"
 SHELL = re.compile(r"run\.(\d+)\.(lightcone|incomplete)\.npy")
 CHUNK = 1 << 20  # pixels at a time
 MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-MAX_LOST_SHARE = 0.01  # of a bin's lensing weight, in incomplete shells
-IRRELEVANT_SHARE = 1e-6  # of a bin's lensing weight, below which a shell may be missing
+MAX_LOST_SHARE = 0.01  # of a bin's lensing weight or sources, in incomplete shells
+IRRELEVANT_SHARE = 1e-6  # of them, below which a shell may be missing
 DENSITY_TOLERANCE = 0.1  # relative, of a shell's mean density against the others'
 DENSITY_CHECKED_FROM = 500.0  # [Mpc/h]; the density of nearer, smaller shells varies naturally
 DAMAGES = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError)
@@ -54,6 +54,7 @@ def project_lightcone(
 
     Raises:
         BadSimulationError: something is missing, damaged or inconsistent: names the file.
+        PriorsTooWideError: a shift moves sources to where there are no shells.
     """
     projection = _Projection(source, params, z, nz, nuisances)
     try:
@@ -68,7 +69,7 @@ def project_lightcone(
                 projection.learn(_files(source))
                 projection.add_all(_files(source))
         return projection.finish()
-    except BadSimulationError:
+    except (BadSimulationError, PriorsTooWideError):
         raise
     except UserError as error:
         raise BadSimulationError(str(error)) from None
@@ -89,7 +90,8 @@ class _Projection:
     ) -> None:
         self.source, self.params, self.z, self.nz, self.nuisances = source, params, z, nz, nuisances
         self.shells: Shells | None = None
-        self.weights = self.of_maps = np.empty((len(nz), 0))  # of lensing, and of every map
+        self.weights = np.empty((len(nz), 0))  # (n_maps, n_shells)
+        self.share = np.empty((len(nz), 0))  # of each bin's weight in a shell; if there are alignments, of its sources
         self.density: dict[int, float] = {}  # by step: particles per (Mpc/h)^3
         self.incomplete: set[int] = set()
         self.kappa = np.empty((len(nz), 0), dtype=np.float32)
@@ -108,8 +110,13 @@ class _Projection:
             self.shells = parse_shells(text, f"{self.source}/{Z_VALUES}", self.params)
             omega_m, w = (float(self.params[PARAM_NAMES.index(name)]) for name in ("Omega_m", "w"))
             sources = self.shells, self.z, self.nz, omega_m
-            self.weights = born_weights(*sources)
-            self.of_maps = np.concatenate([self.weights, *(weights_with(n, *sources, w) for n in self.nuisances)])
+            check_reach(self.shells, self.z, self.nz)
+            lensing = born_weights(*sources)
+            self.weights = np.concatenate([lensing, *(weights_with(n, *sources, w) for n in self.nuisances)])
+            self.share = lensing / lensing.sum(axis=1, keepdims=True)
+            # The same for every draw, which must not decide whether a simulation is used.
+            if any(nuisance.a_ia for nuisance in self.nuisances):
+                self.share = np.concatenate([self.share, sources_inside(self.shells, self.z, self.nz)])
         if (match := SHELL.fullmatch(name)) is None:
             return None
         step = int(match[1])
@@ -121,7 +128,7 @@ class _Projection:
         return step
 
     def add_all(self, files: Iterator[tuple[str, IO[bytes]]]) -> None:
-        """Add every complete shell that has lensing weight."""
+        """Add every complete shell that has weight in a map."""
         for name, file in files:
             step = self._notice(name, file)
             if step is None or step in self.incomplete:
@@ -135,14 +142,14 @@ class _Projection:
             if step in self.density:
                 raise BadSimulationError(f"{self.source}/{name} is in it twice; download it again")
             k = int(np.argmax(self.shells.step == step))
-            if self.of_maps[:, k].any():
+            if self.weights[:, k].any():
                 self._add(k, name, file)
 
     def _add(self, k: int, name: str, file: IO[bytes]) -> None:
         assert self.shells is not None
         counts = read_counts(file, f"{self.source}/{name}")
         if self.kappa.shape[1] == 0:
-            self.kappa = np.zeros((len(self.of_maps), len(counts)), dtype=np.float32)
+            self.kappa = np.zeros((len(self.weights), len(counts)), dtype=np.float32)
         if len(counts) != self.kappa.shape[1]:
             n_pixels = f"{len(counts)} pixels, the shells before it {self.kappa.shape[1]}"
             raise BadSimulationError(f"{self.source}/{name} has {n_pixels}; download it again")
@@ -150,7 +157,7 @@ class _Projection:
         if not (np.isfinite(total) and total > 0 and counts.min() >= 0):
             raise BadSimulationError(f"{self.source}/{name} has no particles, or negative ones; download it again")
         self.density[int(self.shells.step[k])] = total / self.shells.volume[k]
-        mean, weight = total / len(counts), self.of_maps[:, k].astype(np.float32)
+        mean, weight = total / len(counts), self.weights[:, k].astype(np.float32)
         for start in range(0, len(counts), CHUNK):  # so that the pixels stay in the processor's cache
             chunk = slice(start, start + CHUNK)
             delta = counts[chunk] * np.float32(1 / mean) - np.float32(1)  # (CHUNK,)
@@ -164,15 +171,15 @@ class _Projection:
         step = self.shells.step
         absent = ~np.isin(step, list(self.density))
         marked = np.isin(step, list(self.incomplete))
-        share = (self.weights / self.weights.sum(axis=1, keepdims=True)).max(axis=0)  # (n_shells,)
+        share = self.share.max(axis=0)  # (n_shells,)
         if (gone := absent & ~marked & (share > IRRELEVANT_SHARE)).any():
             name = f"run.{step[gone][0]:05d}.lightcone.npy"
             raise BadSimulationError(f"{self.source} lacks {name} ({gone.sum()} missing in all); download it again")
-        if (lost := lost_share(self.weights, absent)) > MAX_LOST_SHARE:
+        if (lost := self.share[:, absent].sum(axis=1).max()) > MAX_LOST_SHARE:
             names = ", ".join(map(str, sorted(step[absent & (share > IRRELEVANT_SHARE)])))
             raise BadSimulationError(
                 f"{self.source}: the incomplete shells (steps {names}) carry {100 * lost:.1f} % of a bin's lensing "
-                "weight; give nearer sources as --nz, or exclude it with --sims"
+                "weight, or of its sources; give nearer sources as --nz, or exclude it with --sims"
             )
         self._compare_densities()
         return self.kappa, sorted(int(s) for s in step[marked & (share > IRRELEVANT_SHARE)])

@@ -59,12 +59,12 @@ class Job:
     downloads: str  # folder on a disk with room for an archive
     config: IngestConfig
 
-    def draws(self, n_bins: int) -> dict[str, dict[str, np.ndarray]]:
-        """Its nuisances for every --nuisance: by name, (3,) each."""
+    def draws(self, n_bins: int, outputs: Sequence[Output]) -> dict[str, dict[str, np.ndarray]]:
+        """Its nuisances for every --nuisance of some outputs: by name, (3,) each."""
         fiducial = self.sim_id == FIDUCIAL_SIM_ID
         return {
             one: draw(priors_of(one, self.priors, n_bins), self.config.seed, self.sim_id, fiducial=fiducial)
-            for one in dict.fromkeys(output.nuisance for output in self.outputs)
+            for one in dict.fromkeys(output.nuisance for output in outputs)
         }
 
 
@@ -84,7 +84,7 @@ def ingest(job: Job) -> Outcome:
     try:
         with _on_disk(job) as source:
             if job.config.lightcones:
-                kernels = _kernels(job)
+                kernels = _kernels(job, missing)
                 kappa, incomplete = project_lightcone(source, job.params, job.z, job.nz, kernels)
             else:
                 kernels, kappa = [], read_kappa_maps(source, job.config.ordering)
@@ -100,10 +100,10 @@ def ingest(job: Job) -> Outcome:
     return Outcome(job.sim_id, incomplete=incomplete)
 
 
-def _kernels(job: Job) -> list[Nuisance]:
+def _kernels(job: Job, outputs: Sequence[Output]) -> list[Nuisance]:
     """What the maps beside that of lensing are projected with: every redshift error and alignment once."""
     n_bins, found = len(job.nz), dict[bytes, Nuisance]()
-    for values in job.draws(n_bins).values():
+    for values in job.draws(n_bins, outputs).values():
         for nuisance in (nuisance_of(values, o, n_bins) for o in range(N_ORIENTATIONS)):
             if nuisance.changes_kernels:
                 found.setdefault(nuisance.kernel, nuisance)
@@ -118,9 +118,9 @@ def _check(job: Job, n_bins: int, nside: int) -> None:
     for output in job.outputs:
         try:
             noise_cl(output.noise_level, n_bins)
-            priors_of(output.nuisance, job.priors, n_bins)
         except UserError as error:
             raise BadSimulationError(f"{job.source}: {error}") from None
+        priors_of(output.nuisance, job.priors, n_bins)  # refuses them for all simulations
         for shard in list(Path(output.folder).glob("shard_*.parquet"))[:1]:
             if (others := pq.read_schema(shard).field("kappa").type.list_size) != n_bins:
                 raise BadSimulationError(f"{job.source} has {n_bins} bins, but the tiles in {shard} have {others}")
@@ -146,7 +146,7 @@ def _write_shards(job: Job, outputs: list[Output], alm: np.ndarray, alm_lmax: in
     n_bins = alm.shape[1]
     white = white_alm(n_bins, alm_lmax, np.random.default_rng([job.config.seed, job.sim_id]))
     keys, params = tile_keys(job.sim_id), np.tile(job.params, (TILES_PER_SIM, 1))  # (12, 3), (12, 8)
-    draws = job.draws(n_bins)
+    draws = job.draws(n_bins, outputs)
     for lmax in sorted({output.lmax for output in outputs}):
         place = lmax, nside_of(lmax), job.config.geometry
         band, noise = _band(alm, alm_lmax, lmax), tiles_of_alm(_band(white, alm_lmax, lmax), *place)

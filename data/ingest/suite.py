@@ -23,7 +23,7 @@ from data.ingest.config import IngestConfig
 from data.ingest.nz import read_nz
 from data.ingest.parameters import read_parameters
 from data.ingest.simulation import Job, Outcome, Output, ingest
-from data.nuisance import check_shifts, described, priors_of, read_priors, varies
+from data.nuisance import check_shifts, described, priors_of, read_priors
 from data.schema import N_ORIENTATIONS, TILES_PER_SIM, noise_cl
 from data.suite_folder import describe, finish_suite, finished_shards
 from data.workers import in_order, worker_pool
@@ -55,15 +55,16 @@ def plan(config: IngestConfig) -> list[Job]:
     for lmax, level, nuisance in config.configurations:
         if config.nz:
             noise_cl(level, len(nz))  # refuses a survey with other bins
-            priors_of(nuisance, priors, len(nz))
         folder = tiles_folder("", config.results_dir, lmax, level, nuisance)
-        varied = described({name: prior for name, prior in priors.items() if varies(nuisance, name)})
+        # Maps do not say yet how many bins they have; of their nuisances there is only m.
+        of_maps = {name: prior for name, prior in priors.items() if nuisance != NONE and name.startswith("m_")}
+        varied = described(priors_of(nuisance, priors, len(nz)) if config.nz else of_maps)
         description = describe(config.geometry, {**options, "lmax": lmax, "noise_level": level} | varied)
         outputs.append(Output(lmax, level, nuisance, str(folder), description))
     shared = (z, nz, tuple(outputs), priors, f"{config.results_dir}/{DOWNLOADS}", config)
     jobs = [Job(sim, parameters[sim], source, *shared) for sim, source in find_sources(config, parameters).items()]
     if config.nz:
-        check_shifts(z, nz, [values for job in jobs for values in job.draws(len(nz)).values()])
+        check_shifts(z, nz, [values for job in jobs for values in job.draws(len(nz), outputs).values()])
     return jobs
 
 
