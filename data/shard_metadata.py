@@ -52,6 +52,11 @@ def _description(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not say in JSON how it was made; make it again") from None
 
 
+def nuisance_priors_of(folder: Path) -> dict[str, Any] | None:
+    """The priors that a folder's nuisances were drawn from, as its first shard has them; None if it has none."""
+    return _description(min(folder.glob("shard_*.parquet"), default=folder)).get("nuisance_priors")
+
+
 def check_lmax(path: Path, lmax: int) -> None:
     """Raise UserError if a shard states another lmax, or its folder's name does, since published shards state none.
 

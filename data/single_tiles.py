@@ -1,5 +1,6 @@
 """Tiles for a prediction, which need no cosmology: from a shard or from a numpy file."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,10 @@ class SingleTiles(Tiles):
     """Tiles without a cosmology (their params are NaN), with a name for each."""
 
     names: tuple[str, ...] = ()
+
+    def columns(self, names: Iterable[str]) -> np.ndarray:
+        """Nothing is known of them: NaN (n, d)."""
+        return np.full((len(self.keys), len(tuple(names))), np.nan)
 
 
 def read_single_tiles(path: Path, lmax: int, nside: int, n_bins: int) -> SingleTiles:

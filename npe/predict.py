@@ -16,7 +16,7 @@ from common.versions import versions
 from compress.model import TrainedCompressor, load_compressor
 from data.dataset import whole_dataset
 from data.norm_stats import NORM_STATS_NAME, NormStats, read_norm_stats
-from data.schema import LABELS, nside_of
+from data.schema import label_of, nside_of
 from data.single_tiles import SingleTiles, read_single_tiles
 from npe.compressed import CompressedTileDataset
 from npe.config import PredictConfig
@@ -194,7 +194,7 @@ def write_samples(folder: Path, posterior: Posterior, n_samples: int, seed: int)
     Columns of tile_0000.txt: weight, -ln q, then the parameters.
     """
     rng = np.random.default_rng(seed)
-    names = "".join(f"{name}\t{LABELS[name]}\n" for name in posterior.params)
+    names = "".join(f"{name}\t{label_of(name).strip('$')}\n" for name in posterior.params)
     for i, (mu, cov) in enumerate(zip(posterior.mu, posterior.cov, strict=True)):
         white = rng.standard_normal((n_samples, len(mu)))
         theta = mu + white @ np.linalg.cholesky(cov).T  # (n_samples, d)

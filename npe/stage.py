@@ -21,6 +21,7 @@ from compress.stage import read_tiles
 from data.cache import read_tiles_through_cache
 from data.module import SplitTiles
 from data.norm_stats import NORM_STATS_NAME, read_norm_stats
+from data.shard_metadata import nuisance_priors_of
 from data.split import MANIFEST_NAME, read_manifest, subset_of
 from data.tiles import Tiles
 from npe.compressed import CompressedTileDataModule
@@ -132,9 +133,10 @@ def _with_subset(data: SplitTiles, n_sims: int) -> SplitTiles:
 
 
 def read_calibration_tiles(config: NPEConfig, data: SplitTiles, seen: np.ndarray, nuisance: str) -> Tiles | None:
-    """The tiles of --calibration-tiles; UserError for bad shards, or a cosmology among those that were seen (n, 8).
+    """The tiles of --calibration-tiles, which vary the same nuisances.
 
-    They must vary the same nuisances.
+    Raises:
+        UserError: bad shards, a cosmology among those that were seen (n, 8), or as check_calibration_tiles.
     """
     if not config.calibration_tiles:
         return None
@@ -146,19 +148,25 @@ def read_calibration_tiles(config: NPEConfig, data: SplitTiles, seen: np.ndarray
             f"--calibration-tiles {config.calibration_tiles} shares cosmologies with the training tiles; "
             "give independent simulations (python run_mock.py --fresh makes some)"
         )
-    if (n_sims := len(np.unique(tiles.keys[:, 0]))) < MIN_CALIBRATION_SIMS:
-        raise UserError(
-            f"--calibration-tiles {config.calibration_tiles} has tiles of {n_sims} simulations, too few for an error "
-            f"over simulations; give at least {MIN_CALIBRATION_SIMS}"
-        )
-    if tiles.n_bins != data.tiles.n_bins:
-        found = f"--calibration-tiles has {tiles.n_bins} bins, the run's tiles have {data.tiles.n_bins}"
-        raise UserError(f"{found}; give simulations of the same survey")
-    if list(tiles.nuisances) != list(data.tiles.nuisances):
-        raise UserError(
-            f"--calibration-tiles {folder} does not vary the run's nuisances, {nuisance}; give tiles that do"
-        )
+    check_calibration_tiles(tiles, folder, data.tiles, data.tiles_dir)
     return tiles
+
+
+def check_calibration_tiles(fresh: Tiles, folder: Path, tiles: Tiles, tiles_dir: Path) -> None:
+    """Raise UserError for too few simulations, or others than the tiles of a run: bins, nuisances or their priors."""
+    where = f"--calibration-tiles {folder}"
+    if (n_sims := len(np.unique(fresh.keys[:, 0]))) < MIN_CALIBRATION_SIMS:
+        found = f"{where} has tiles of {n_sims} simulations, too few for an error over simulations"
+        raise UserError(f"{found}; give at least {MIN_CALIBRATION_SIMS}")
+    if fresh.n_bins != tiles.n_bins:
+        found = f"{where} has {fresh.n_bins} bins, the run's tiles have {tiles.n_bins}"
+        raise UserError(f"{found}; give simulations of the same survey")
+    if list(fresh.nuisances) != list(tiles.nuisances):
+        theirs, ours = (", ".join(some.nuisances) or "no nuisances" for some in (fresh, tiles))
+        cure = "give tiles that vary the same ({nuisance} in the name of the folder stands for the run's)"
+        raise UserError(f"{where} varies {theirs}, the run's tiles {ours}; {cure}")
+    if nuisance_priors_of(folder) != nuisance_priors_of(tiles_dir):
+        raise UserError(f"{where} was made with other --nuisance-priors than {tiles_dir}; give tiles with the same")
 
 
 def _write(result: FomResult, d2: np.ndarray, data: SplitTiles, folder: Path, compressor_run: Path) -> None:

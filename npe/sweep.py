@@ -30,6 +30,7 @@ from compress.result import RESULT_NAME as COMPRESSOR_RESULT_NAME
 from compress.result import CompressorResult
 from compress.stage import run_compressor
 from data.cache import read_tiles_through_cache
+from data.nuisance import check_varied
 from data.schema import NOISELESS
 from data.split import fingerprint_of, subset_of
 from npe.config import NPEConfig, SweepConfig, SweepRun
@@ -38,7 +39,7 @@ from npe.fom import scatter
 from npe.learning_curve import learning_curves
 from npe.pictures import draw_curve, draw_learning_curves
 from npe.result import RESULT_NAME, CurvePoint, FomResult, LearningCurves, SweepResult, read_fom_result
-from npe.stage import run_npe
+from npe.stage import check_calibration_tiles, run_npe
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
@@ -91,10 +92,12 @@ def _refuse_early(run: SweepRun, compressor: CompressorConfig) -> None:
     size = compressor.lmax, compressor.noise_level, compressor.nside
     folder = tiles_folder(compressor.tiles_dir, sweep.results_dir, compressor.lmax, compressor.noise_level, nuisance)
     tiles, _ = read_tiles_through_cache(folder, *size)
+    check_varied(tiles.nuisances, tiles.n_bins, nuisance, folder)
     if run.n_sims:
         subset_of(tiles.keys[:, 0], sweep.numbers[-1], compressor.split_seed, compressor.fiducial_sim_id)
-    if fresh := run.npe("").calibration_tiles:
-        read_tiles_through_cache(named_folder(fresh, compressor.lmax, compressor.noise_level, nuisance), *size)
+    if text := run.npe("").calibration_tiles:
+        fresh = named_folder(text, compressor.lmax, compressor.noise_level, nuisance)
+        check_calibration_tiles(read_tiles_through_cache(fresh, *size)[0], fresh, tiles, folder)
 
 
 def _stage_1(folder: Path) -> CompressorResult:

@@ -125,10 +125,19 @@ def test_runs_of_other_seeds_are_combined_by_their_mean_scatter_and_mixture() ->
             calibration=SimpleNamespace(chi2_per_dof=scale),
         )
 
-    row = combine_seeds(200, [run(scale) for scale in (0.9, 1.0, 1.1)])
+    runs = {seed: run(scale) for seed, scale in enumerate((0.9, 1.0, 1.1))}
+    row = combine_seeds(200, "none", runs, runs)
     assert row.fom == pytest.approx(ONE.fom[0])
     assert row.std_over_seeds == pytest.approx(0.1 * ONE.fom[0])
     assert (row.std_over_tiles, row.chi2_per_dof) == (pytest.approx(10), pytest.approx(1))
     # Equal means: the mixture's covariance is the mean of theirs.
     assert row.mixture_fom == pytest.approx(ONE.fom[0] / np.mean([1 / 0.9, 1, 1 / 1.1]))
-    assert combine_seeds(200, [run(1.0)]).std_over_seeds is None
+    assert (row.to_bare, row.to_bare_err) == (1, 0)
+    alone = combine_seeds(200, "ia", {0: run(1.0)}, {})
+    assert alone.std_over_seeds is alone.to_bare is alone.to_bare_err is None
+
+    # Each run stands beside the bare run of its own seed, whatever scatter the two share.
+    half = combine_seeds(200, "ia", {0: run(0.45), 1: run(0.5), 2: run(0.61), 3: run(5.0)}, runs)
+    ratios = np.array([0.5, 0.5, 0.61 / 1.1])
+    assert half.to_bare == pytest.approx(ratios.mean())
+    assert half.to_bare_err == pytest.approx(ratios.std(ddof=1) / np.sqrt(3))
