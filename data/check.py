@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from common.artifacts import tiles_folder
-from common.errors import UserError
 from data.audit import Audit, audit_tiles
 from data.cache import read_tiles_through_cache
-from data.config import CheckConfig, SplitOptions, kinds_of
+from data.config import CheckConfig, SplitOptions
 from data.moments import Moments
-from data.nuisance import names_of
+from data.nuisance import check_varied
 from data.shard_metadata import read_orientations
 from data.split import SplitManifest, make_manifest, split_indices
 from data.tiles import Tiles
@@ -46,9 +45,7 @@ def read_and_split(folder: Path, options: SplitOptions, manifest: SplitManifest 
         UserError: bad shards, too few tiles to split, or a manifest or geometry that does not fit them.
     """
     tiles, moments = read_tiles_through_cache(folder, options.lmax, options.noise_level, options.nside)
-    if (varied := list(tiles.nuisances)) != names_of(kinds_of(options.nuisance), tiles.n_bins):
-        found = f"the tiles in {folder} vary {', '.join(varied) or 'no nuisances'}"
-        raise UserError(f"{found}, which is not --nuisance {options.nuisance}; give theirs, or other tiles")
+    check_varied(tiles.nuisances, tiles.n_bins, options.nuisance, folder)
     if manifest is None:
         how = (options.split_seed, options.split_by, options.fiducial_sim_id, options.n_sims)
         manifest = make_manifest(tiles, *how)

@@ -81,14 +81,15 @@ def kinds_of(text: str) -> tuple[str, ...]:
     """The kinds of one --nuisance: "none", "all", or some joined by +, in the order of KINDS.
 
     Raises:
-        UserError: an unknown one.
+        UserError: it is written otherwise; then one suite could have two folders.
     """
     if text in (NONE, ALL):
         return KINDS if text == ALL else ()
-    given = text.split("+")
-    if unknown := [kind for kind in given if kind not in KINDS]:
-        raise UserError(f"--nuisance {unknown[0]!r} is not one of {NONE}, {', '.join(KINDS)}, {ALL}; several go with +")
-    return tuple(kind for kind in KINDS if kind in given)
+    kinds = tuple(kind for kind in KINDS if kind in text.split("+"))
+    if "+".join(kinds) != text or kinds == KINDS:
+        ways = f"{NONE}, {ALL}, {', '.join(KINDS)}, or two of these in this order with a + between them"
+        raise UserError(f"--nuisance {text!r} is not one of {ways}")
+    return kinds
 
 
 def nuisance_list(text: str) -> list[str]:
@@ -97,6 +98,12 @@ def nuisance_list(text: str) -> list[str]:
     for one in found:
         kinds_of(one)
     return found
+
+
+def check_priors_are_used(priors: str, nuisance: str) -> None:
+    """Raise UserError for --nuisance-priors where no nuisance varies."""
+    if priors and not any(map(kinds_of, nuisance_list(nuisance))):
+        raise UserError(f"--nuisance-priors {priors} is for nuisances, of which none varies; add --nuisance all")
 
 
 def number_list(flag: str, text: str) -> list[int]:

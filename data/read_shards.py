@@ -47,8 +47,8 @@ def shard_paths(folder: Path, lmax: int, noise_level: str) -> list[Path]:
     """The shards of a folder, in the order of their names; UserError if there are none."""
     paths = sorted(folder.glob("shard_*.parquet"))
     if not paths:
-        cure = f"make tiles with `python run_mock.py --lmax {lmax} --noise-level {noise_level}`, or give another folder"
-        raise UserError(f"no shard_*.parquet in {folder}; {cure}")
+        made = f"`python run_mock.py --lmax {lmax} --noise-level {noise_level}`, with --nuisance where any vary"
+        raise UserError(f"no shard_*.parquet in {folder}; make tiles with {made}, or give another folder")
     return paths
 
 

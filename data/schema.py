@@ -45,6 +45,11 @@ def name_of_tile(key: Iterable[int]) -> str:
     return f"tile (sim {sim}, orientation {orientation}, tile {tile})"
 
 
+def in_order(nuisances: Iterable[str]) -> list[str]:
+    """Names of nuisances in their order everywhere: alignments, shifts, shear biases."""
+    return sorted(nuisances, key=lambda name: (not name.endswith("_IA"), name))
+
+
 def columns_of(params: np.ndarray, names: Iterable[str]) -> np.ndarray:
     """The named columns (..., d) of params (..., 8), whose columns are PARAM_NAMES."""
     return params[..., [PARAM_NAMES.index(name) for name in names]]

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from common.errors import UserError
-from data.schema import KEY_NAMES, NUISANCE, PARAM_NAMES, columns_of, s8_of
+from data.schema import KEY_NAMES, NUISANCE, PARAM_NAMES, columns_of, in_order, s8_of
 from data.shard_metadata import CONTENT_KEY, INGEST_KEY, METADATA_KEY, check_lmax, content_sha256
 
 VALUES_PER_READ = 1 << 20  # pixels at a time: what pyarrow needs beside the array grows with it
@@ -91,7 +91,7 @@ def read_labels(path: Path, lmax: int, noise_level: str = "") -> ShardLabels:
             does not fit, or no hash in a shard that we wrote.
     """
     with opened(path, ("kappa", *FITS)) as file:
-        nuisances = [name for name in file.schema_arrow.names if NUISANCE.fullmatch(name)]
+        nuisances = in_order(name for name in file.schema_arrow.names if NUISANCE.fullmatch(name))
         n_bins, metadata = n_bins_of(path, file), file.metadata.metadata or {}
         table = file.read([*FITS, *nuisances])
     content = metadata.get(CONTENT_KEY.encode(), b"").decode(errors="replace")

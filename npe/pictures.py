@@ -125,8 +125,7 @@ def draw_curve(result: SweepResult, path: Path) -> None:
     place = np.arange(len(rows)) if several else np.array([row.lmax for row in rows])
     at = dict(zip(name, place, strict=True))
     fom, tiles, seeds = (  # a scatter is null for one tile or seed
-        np.array([getattr(row, figure) or 0.0 for row in rows])
-        for figure in ("fom", "std_over_tiles", "std_over_seeds")
+        np.array([getattr(row, of) or 0.0 for row in rows]) for of in ("fom", "std_over_tiles", "std_over_seeds")
     )
     with figure(path, 6.4, 4.4) as drawn:
         axes = drawn.subplots()
@@ -139,8 +138,13 @@ def draw_curve(result: SweepResult, path: Path) -> None:
         axes.plot(where, [point["fom_fiducial_median"] for point in runs], ".", color=ORANGE, label="one run", zorder=3)
         axes.set_ylim(0, 1.25 * (fom + np.maximum(tiles, seeds)).max())
         axes.set_xticks(place, list(name.values()))
-        axes.set(xlabel="nuisances" if several else "lmax", ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$")
-        axes.set_title(f"Fiducial tiles, {result.noise_level}{'' if len(lmaxes) > 1 else f', lmax {lmaxes[0]}'}")
+        axes.set(
+            xlabel="nuisances, and FoM / FoM without any" if several else "lmax",
+            ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$",
+        )
+        alike = [f"lmax {lmaxes[0]}"] if len(lmaxes) == 1 else []
+        alike += [f"nuisances {rows[0].nuisance}"] if not several and rows[0].nuisance != NONE else []
+        axes.set_title(", ".join(["Fiducial tiles", result.noise_level, *alike]))
         axes.legend(loc="lower right")
 
 

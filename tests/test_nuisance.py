@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from data.mock.cosmology import FIDUCIAL_COSMO, design
 from data.mock.fields import transport
 from data.mock.limber import spectra_ratio
 from data.mock.nz import N_BINS
-from data.mock.suite import build_suite
+from data.mock.suite import build_suites
 from data.mock.theory import COSMO_NAMES, cl_matrix, theory_cl_at
 from data.nuisance import Nuisance, draw, growth, priors_of, read_priors
 from data.read_shards import read_tiles
@@ -83,13 +83,30 @@ def test_the_sky_with_nuisances_has_their_spectra_and_moves_no_more_than_it_must
 SUITE = ("--lmax", SMALL_LMAX, "--noise-level", "des_y3", "--n-sims", 3, "--workers", 1)
 
 
-@pytest.mark.parametrize("geometry", ["disjoint", "flat"])
+GEOMETRIES = {"disjoint": (), "flat": ("--geometry", "flat", "--field", "gaussian")}
+
+
+@pytest.mark.parametrize("geometry", list(GEOMETRIES))
+def test_every_orientation_has_the_sky_of_its_own_label(geometry: str, run_command: Callable, tmp_path: Path) -> None:
+    """Where all are given what one orientation has, its tiles are the same."""
+    suite = ("run_mock.py", *SUITE, *GEOMETRIES[geometry], "--nuisance", "all")
+    assert run_command(*suite, "--results-dir", tmp_path)[0] == 0
+    tiles = tiles_of(tmp_path, "des_y3", "all")
+    for row in (0, 4, 8):  # first tile of each orientation
+        priors = tmp_path / "priors.txt"
+        priors.write_text("\n".join(f"{name} normal {v[row]:.17g} 0" for name, v in tiles.nuisances.items()))
+        fixed = tmp_path / str(row)
+        assert run_command(*suite, "--nuisance-priors", priors, "--results-dir", fixed)[0] == 0
+        same = slice(row, row + 4)
+        np.testing.assert_array_equal(tiles_of(fixed, "des_y3", "all").kappa[same], tiles.kappa[same])
+
+
+@pytest.mark.parametrize("geometry", list(GEOMETRIES))
 def test_zero_width_gives_the_bare_suite_to_the_bit(geometry: str, run_command: Callable, tmp_path: Path) -> None:
     priors = tmp_path / "priors.txt"
     names = [*(f"{kind}_{a}" for kind in ("m", "dz") for a in range(1, 5)), "A_IA", "eta_IA"]
     priors.write_text("\n".join(f"{name} normal 0 0  # fixed" for name in names))
-    field = ("--field", "gaussian", "--geometry", geometry) if geometry == "flat" else ()
-    suite = ("run_mock.py", *SUITE, *field, "--results-dir", tmp_path)
+    suite = ("run_mock.py", *SUITE, *GEOMETRIES[geometry], "--results-dir", tmp_path)
     assert run_command(*suite, "--nuisance", "none,all", "--nuisance-priors", priors)[0] == 0
     bare, zero = (
         read_tiles(tmp_path / f"tiles/lmax_{SMALL_LMAX}_des_y3{n}", SMALL_LMAX, "des_y3") for n in ("", "_all")
@@ -115,9 +132,9 @@ def test_a_nuisance_is_drawn_alike_whatever_else_is_and_the_fiducial_has_the_cen
 def suites(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results folder with small suites, with noise and without, bare and with all nuisances."""
     results = tmp_path_factory.mktemp("suites")
-    for noise_level, nuisance in product(("des_y3", "noiseless"), ("none", "m", "all")):
-        options = {**SMALL_SUITE, "noise_level": noise_level, "nuisance": nuisance}
-        build_suite(MockConfig(results_dir=str(results), **options))
+    for noise_level in ("des_y3", "noiseless"):
+        options = {**SMALL_SUITE, "noise_level": noise_level, "nuisance": "none,m,all"}
+        build_suites(MockConfig(results_dir=str(results), **options))
     return results
 
 
@@ -161,6 +178,11 @@ def test_nuisances_are_columns_that_differ_by_orientation_and_can_be_inferred(
     report = (suites / "field_npe_runs/nuisances/report.html").read_text()
     assert "The suite varies intrinsic alignments" in report
 
+    shard = folder / "shard_0000.parquet"
+    npe_run = suites / "field_npe_runs/nuisances"
+    assert run_command("run_predict.py", "--run", npe_run, "--tiles", shard, "--n-samples", 5)[0] == 0
+    assert "A_IA\t" in next(suites.rglob("tile_0000.paramnames")).read_text()
+
 
 def test_hugging_face_opens_the_columns(suites: Path) -> None:
     datasets = pytest.importorskip("datasets")
@@ -188,6 +210,51 @@ def test_tiles_with_other_nuisances_than_said_are_refused(suites: Path, run_comm
         read_tiles(tmp_path, SMALL_LMAX, "des_y3")
 
 
+def test_a_sweep_has_each_nuisance_beside_the_bare_run(suites: Path, run_command: Callable) -> None:
+    for priors in ("", "wide"):
+        fresh = {
+            **SMALL_SUITE,
+            "noise_level": "des_y3",
+            "fresh": True,
+            "n_sims": 6,
+            "results_dir": str(suites / priors),
+        }
+        if priors:
+            (suites / "wide.txt").write_text("\n".join(f"m_{a} normal 0 0.1" for a in range(1, 5)))
+            fresh["nuisance_priors"] = str(suites / "wide.txt")
+        build_suites(MockConfig(**fresh, nuisance="m" if priors else "none,m"))
+
+    def sweep(calibration: str, *more: object) -> tuple[int, str, str]:
+        stage_2 = f"--max-epochs 2 --n-members 1 --calibration-tiles {suites}/{calibration}"
+        options = ("--lmax", SMALL_LMAX, "--noise-level", "des_y3", "--seeds", 2, "--results-dir", suites)
+        return run_command(
+            "run_sweep.py", *options, "--stage-1", "--backbone tiny --max-epochs 1", "--stage-2", stage_2, *more
+        )
+
+    for calibration, said in (
+        (f"fresh_tiles/lmax_{SMALL_LMAX}_des_y3", "varies no nuisances, the run's tiles m_1"),
+        (f"wide/fresh_tiles/lmax_{SMALL_LMAX}_des_y3_m", "other --nuisance-priors"),
+    ):
+        code, _, err = sweep(calibration, "--nuisance", "m", "--name", "refused")
+        assert code == 2
+        assert said in err
+        assert not list(suites.glob("field_compressor_runs/refused*"))  # before stage 1
+    folders = "fresh_tiles/lmax_{lmax}_{noise_level}{nuisance}"
+    code, _, err = sweep(folders, "--nuisance", "none,m", "--n-sims", "8,9,10,12")
+    assert code == 2
+    assert "one --nuisance at a time" in err
+    code, out, err = sweep(folders, "--nuisance", "none,m")
+    assert code == 0, err
+    bare, m = json.loads((suites / "sweeps/sweep/fom_vs_lmax.json").read_text())["curve"]
+    medians = [
+        [read_fom_result(suites / f"field_npe_runs/sweep_lmax{SMALL_LMAX}{n}_seed{seed}") for seed in (42, 43)]
+        for n in ("", "_m")
+    ]
+    ratios = [ours.fom_fiducial_median / theirs.fom_fiducial_median for theirs, ours in zip(*medians, strict=True)]
+    assert (bare["to_bare"], m["to_bare"]) == (1, pytest.approx(np.mean(ratios)))
+    assert f"{np.mean(ratios):.3f} +- " in out
+
+
 @pytest.mark.parametrize(
     ("text", "nuisance", "said"),
     [
@@ -198,11 +265,16 @@ def test_tiles_with_other_nuisances_than_said_are_refused(suites: Path, run_comm
         ("m_0 normal 0 1", "m", "line 1 is 'm_0 normal 0 1'"),
         ("m_1 normal 0", "m", "a line is like"),
         ("A_IA flat 0 nan", "ia", "a line is like"),
+        ("A_IA flat -1e6 1e6", "ia", "a line is like"),
         ("A_IA flat 0 1\nA_IA flat 0 1", "ia", "is there twice"),
         ("\n".join(f"dz_{a} normal -0.3 0.01" for a in range(1, 5)), "dz", "of the sources of bin 1 below z = 0"),
         ("m_1 normal 0 0.01", "none,m", "no prior of m_2"),
+        ("\n".join(f"dz_{a} normal 3.8 0.01" for a in range(1, 5)), "none,dz", "of bin 1 beyond z = 4"),
         (None, "m", "cannot be read"),
+        ("", "none", "of which none varies"),
         ("", "shear", "'shear' is not one of"),
+        ("", "dz+m", "'dz+m' is not one of"),  # it would be the suite m+dz in another folder
+        ("", "m+dz+ia", "'m+dz+ia' is not one of"),
     ],
 )
 def test_senseless_priors_are_refused_before_anything_is_made(

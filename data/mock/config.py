@@ -6,7 +6,7 @@ from typing import Literal
 from common.artifacts import NONE
 from common.errors import UserError
 from common.options import SeedOptions, option
-from data.config import FIDUCIAL_SIM_ID, TileOptions, nuisance_list
+from data.config import FIDUCIAL_SIM_ID, TileOptions, check_priors_are_used, nuisance_list
 
 Geometry = Literal["disjoint", "published", "flat"]
 Field = Literal["lognormal", "gaussian"]
@@ -33,6 +33,7 @@ class MockConfig(TileOptions, SeedOptions):
         super().__post_init__()
         if len(nuisance_list(self.nuisance)) > 1 and self.tiles_dir and "{nuisance}" not in self.tiles_dir:
             raise UserError(f"--tiles-dir {self.tiles_dir} is one folder for several suites; put {{nuisance}} in it")
+        check_priors_are_used(self.nuisance_priors, self.nuisance)
         if self.geometry == "flat" and self.field != "gaussian":
             raise UserError("--geometry flat has independent Fourier modes, which are Gaussian; add --field gaussian")
         if self.geometry != "flat" and self.nside & (self.nside - 1):

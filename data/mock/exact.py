@@ -24,17 +24,21 @@ NEGLIGIBLE = 1e-9  # of the largest weight
 
 
 @dataclass(frozen=True)
-class WeightedPoints:
-    """Cosmologies (n, 7) whose weights (n,) make them stand for the prior; `cell`, the area of a grid's cells, or 0.
+class Nuisances:
+    """Of every point: amplitude of the alignments (n,) and shear biases (n, 4)."""
 
-    Where nuisances vary, each point also has an amplitude of alignments (n,) and shear biases (n, 4).
-    """
+    a_ia: np.ndarray
+    m: np.ndarray
+
+
+@dataclass(frozen=True)
+class WeightedPoints:
+    """Cosmologies (n, 7) whose weights (n,) make them stand for the prior; `cell`, the area of a grid's cells, or 0."""
 
     cosmo: np.ndarray
     weight: np.ndarray
     cell: float
-    a_ia: np.ndarray | None = None
-    m: np.ndarray | None = None
+    nuisances: Nuisances | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def draws_with_nuisances(n_log2: int, seed: int, priors: dict[str, Prior]) -> We
     cosmo[:, :2] = theta_range[:, 0] + v[:, :2] * np.ptp(theta_range, axis=1)
     weight = prior_density(cosmo[:, :2]) * np.prod(np.ptp(theta_range, axis=1)) / len(v)
     a_ia, *m = (priors[name].quantile(np.clip(u, 1e-12, 1)) for name, u in zip(names, v[:, 2:].T, strict=True))
-    return WeightedPoints(cosmo, weight, 0.0, a_ia, np.stack(m, axis=1))
+    return WeightedPoints(cosmo, weight, 0.0, Nuisances(a_ia, np.stack(m, axis=1)))
 
 
 def response_of(points: WeightedPoints, ell: np.ndarray) -> Callable[[slice], np.ndarray]:
@@ -97,8 +101,7 @@ def response_of(points: WeightedPoints, ell: np.ndarray) -> Callable[[slice], np
     In the amplitude a spectrum is a parabola, whose two coefficients are smooth in (Omega_m, S8): they are computed on
     a grid. Other parameters are fiducial, and the alignments do not evolve.
     """
-    amplitude, bias = points.a_ia, points.m
-    if amplitude is None or bias is None:
+    if (of_points := points.nuisances) is None:
         return lambda some: np.ones(1)
     axes = [np.linspace(*OMEGA_M_RANGE, N_RESPONSE[0]), np.linspace(S8_EDGES[0], S8_EDGES[-1], N_RESPONSE[1])]
     zero, table = np.zeros(N_BINS), np.empty((*N_RESPONSE, 2, len(BIN_PAIRS), len(ell)))
@@ -112,7 +115,7 @@ def response_of(points: WeightedPoints, ell: np.ndarray) -> Callable[[slice], np
     first, second = np.array(BIN_PAIRS).T
 
     def response(some: slice) -> np.ndarray:
-        a_ia, scale = amplitude[some, None, None], 1 + bias[some]  # (n, 1, 1), (n, 4)
+        a_ia, scale = of_points.a_ia[some, None, None], 1 + of_points.m[some]  # (n, 1, 1), (n, 4)
         linear, square = interpolated(points.cosmo[some, :2]).swapaxes(0, 1)  # (n, 10, n_ell) each
         ratio = 1 + a_ia * linear + a_ia**2 * square
         return ratio * (scale[:, first] * scale[:, second])[..., None]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.artifacts import tiles_folder
+from common.artifacts import NONE, tiles_folder
 from common.interrupt import result_of
 from common.lock import exclusive
 from common.machine import usable_cores
@@ -35,8 +35,12 @@ DESCRIBED = ("lmax", "nside", "noise_level", "n_sims", "field", "vary", "seed", 
 
 
 def build_suites(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """A suite with each --nuisance, one after the other; what is refused is refused before the first is begun."""
-    configs = [replace(config, nuisance=one) for one in nuisance_list(config.nuisance)]
+    """A suite with each --nuisance, one after the other; priors that cannot be used are refused before the first."""
+    priors = config.nuisance_priors
+    configs = [
+        replace(config, nuisance=one, nuisance_priors="" if one == NONE else priors)
+        for one in nuisance_list(config.nuisance)
+    ]
     for one in configs:
         _jobs(one)
     return [build_suite(one, on_checkpoint) for one in configs]
@@ -79,7 +83,7 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
 
 
 def _jobs(config: MockConfig) -> tuple[list[Simulation], dict[str, Prior]]:
-    """Its simulations, and the priors of the nuisances that vary; UserError for an lmax or priors that will not do."""
+    """Its simulations, and the priors of the nuisances that vary; UserError for an lmax or priors of no use."""
     nside = nside_of(config.lmax, config.nside)
     seed = config.seed + FRESH_SEED_OFFSET * config.fresh
     fiducial = None if config.fresh else config.fiducial_sim_id
@@ -87,7 +91,7 @@ def _jobs(config: MockConfig) -> tuple[list[Simulation], dict[str, Prior]]:
     theory_cl(cosmologies[:1], band_of(config.lmax, config.field))  # refuses an lmax beyond the table
     priors = priors_of(config.nuisance, read_priors(config.nuisance_priors), N_BINS)
     draws = [draw(priors, seed, int(sim_id), fiducial=sim_id == fiducial) for sim_id in sim_ids]
-    check_shifts(z := np.linspace(0, Z_MAX, N_Z), nz_of_bins(z), draws)
+    check_shifts(z := np.linspace(0, Z_MAX, N_Z), nz_of_bins(z), draws, Z_MAX)
     options = config.field, config.noise_level, config.lmax, nside, config.geometry, seed
     jobs = [
         Simulation(int(sim_id), cosmo, *options, nuisances)
