@@ -21,7 +21,9 @@ class TilesDirOptions(ResultsOptions):
     """Where a command finds its tiles."""
 
     tiles_dir: str = option(
-        "", "folder of shards, may hold {lmax}, {noise_level}, {nuisance} (default: below --results-dir)", path=True
+        "",
+        "folder of shards, may hold {lmax}, {noise_level}, {nuisance} (_m, …) (default: below --results-dir)",
+        path=True,
     )
 
 

@@ -66,7 +66,9 @@ class SweepConfig(ResultsOptions):
     stage_2: str = option("", "further options of run_npe.py, in quotes", quotes=NPEConfig)
     n_sims: str = option("", "learning curve: train on subsets of so many simulations, with commas between them")
     name: str = option(
-        "sweep", "name of the sweep; its runs are named {name}_lmax{lmax}_{nuisance}_seed{seed}", plain_name=True
+        "sweep",
+        "name of the sweep; its runs are {name}_lmax{lmax}_seed{seed}, or {name}_lmax{lmax}_{nuisance}_seed{seed}",
+        plain_name=True,
     )
 
     def __post_init__(self) -> None:
