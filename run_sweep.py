@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # it needs torch, and --help does not
 def report(result: SweepResult | LearningCurves) -> None:
     """What the user waited for."""
     if curve := getattr(result, "curve", []):
-        print("lmax  nuisances     FoM  +- seeds  +- tiles  mixture  chi2/dof  FoM / bare")
+        print("lmax  nuisances     FoM  +- seeds  +- tiles  mixture  chi2/dof  recalibrated  FoM / bare")
         for point in curve:
             print(row_of(point))
     for curve in getattr(result, "curves", []):
@@ -39,7 +39,8 @@ def row_of(point: CurvePoint) -> str:
     bare = "" if point.to_bare is None or point.nuisance == NONE else f"{point.to_bare:.3f}"
     bare += f" +- {point.to_bare_err:.3f}" if bare and point.to_bare_err is not None else ""
     fom = f"{point.lmax:4d}  {point.nuisance:9s}  {point.fom:6.0f}  {seeds:>8s}  {tiles:>8s}  {point.mixture_fom:7.0f}"
-    return f"{fom}  {point.chi2_per_dof:8.2f}  {bare}".rstrip()
+    recalibrated = "" if point.fom_recalibrated is None else f"{point.fom_recalibrated:.0f}"
+    return f"{fom}  {point.chi2_per_dof:8.2f}  {recalibrated:>12s}  {bare}".rstrip()
 
 
 def twice_as_many(curve: LearningCurve) -> str:

@@ -133,6 +133,9 @@ def draw_curve(result: SweepResult, path: Path) -> None:
         axes.errorbar(place, fom, tiles, fmt="none", ecolor=BLUE, elinewidth=8, alpha=0.2, label="scatter over tiles")
         mean = "o" if several else "o-"
         axes.errorbar(place, fom, seeds, fmt=mean, color=BLUE, capsize=4, label="mean and scatter over seeds")
+        recalibrated = np.array([row.fom_recalibrated or np.nan for row in rows])
+        if np.isfinite(recalibrated).any():
+            axes.plot(place, recalibrated, "s", mfc="none", color=GREY, label="recalibrated on fresh simulations")
         runs = [point for point in result.points if "error" not in point]
         where = [at[point["lmax"], point["nuisance"]] for point in runs]
         axes.plot(where, [point["fom_fiducial_median"] for point in runs], ".", color=ORANGE, label="one run", zorder=3)

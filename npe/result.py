@@ -139,9 +139,12 @@ class CurvePoint:
     std_over_seeds: float | None = key("sample standard deviation over seeds; null for one seed")
     std_over_tiles: float | None = key("mean over seeds of the tile-to-tile scatter; null for one tile")
     chi2_per_dof: float = key("mean over seeds of the calibration's chi2_per_dof")
+    fom_recalibrated: float | None = key("mean over seeds of the recalibrated FoM; null without --calibration-tiles")
     mixture_fom: float = key("median FoM of the mixture of the runs' posteriors, tile by tile")
     worst_divergence_nats: float = key("largest mean KL divergence between two runs [nats]")
-    to_bare: float | None = key("mean over seeds of the FoM over that without nuisances; null if there is none")
+    to_bare: float | None = key(
+        "mean over seeds of the FoM, recalibrated if it can be, over that without nuisances; null if there is none"
+    )
     to_bare_err: float | None = key("error of that mean; null for one seed")
 
 

@@ -207,8 +207,8 @@ def combine_seeds(lmax: int, nuisance: str, by_seed: dict[int, FomResult], bare:
     medians = [result.fom_fiducial_median for result in results]
     scatters = [result.fom_fiducial_std for result in results if result.fom_fiducial_std is not None]
     ensemble = compare([result.posterior for result in results])
-    both = [seed for seed in by_seed if seed in bare]
-    ratios = np.array([by_seed[seed].fom_fiducial_median / bare[seed].fom_fiducial_median for seed in both])
+    recalibrated = [result.recalibrated.fom_fiducial_median for result in results if result.recalibrated]
+    ratios = np.array([_best_fom(by_seed[seed]) / _best_fom(bare[seed]) for seed in by_seed if seed in bare])
     spread = scatter(ratios) if len(ratios) else None
     return CurvePoint(
         lmax=lmax,
@@ -218,8 +218,14 @@ def combine_seeds(lmax: int, nuisance: str, by_seed: dict[int, FomResult], bare:
         std_over_seeds=scatter(np.array(medians)),
         std_over_tiles=float(np.mean(scatters)) if scatters else None,
         chi2_per_dof=float(np.mean([result.calibration.chi2_per_dof for result in results])),
+        fom_recalibrated=float(np.mean(recalibrated)) if recalibrated else None,
         mixture_fom=ensemble.mixture.fom_fiducial_median,
         worst_divergence_nats=ensemble.worst_divergence_nats,
         to_bare=float(ratios.mean()) if len(ratios) else None,
         to_bare_err=None if spread is None else spread / np.sqrt(len(ratios)),
     )
+
+
+def _best_fom(result: FomResult) -> float:
+    """The recalibrated FoM if there is one: of two posteriors that are too sure, the FoMs do not compare."""
+    return (result.recalibrated or result).fom_fiducial_median

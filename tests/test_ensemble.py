@@ -123,6 +123,7 @@ def test_runs_of_other_seeds_are_combined_by_their_mean_scatter_and_mixture() ->
             fom_fiducial_median=float(np.median(p.fom)),
             fom_fiducial_std=10 * scale,
             calibration=SimpleNamespace(chi2_per_dof=scale),
+            recalibrated=None,
         )
 
     runs = {seed: run(scale) for seed, scale in enumerate((0.9, 1.0, 1.1))}
