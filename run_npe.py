@@ -24,7 +24,7 @@ def report(result: FomResult) -> None:
     caveat = " (optimistic: they stopped the training)" if calibration.optimistic else ""
     moved = " and ".join(f"{sigma:.2f}" for sigma in result.augmentation_shift_in_sigma["all"].rms)
     lines = [
-        f"FoM(Omega_m, S8), lmax {result.lmax}, {result.noise_level}, median of "
+        f"FoM(Omega_m, S8), {result.tiles_in_words}, median of "
         f"{len(result.fom_fiducial_all)} tiles of the fiducial simulation {fiducial.sim_id}",
         f"fiducial  {result.fom_fiducial_median:.0f}{tiles}{learning}",
         f"patches   median within {fiducial.fom_median_lo_16:.0f} ... {fiducial.fom_median_hi_84:.0f} (68 %, "

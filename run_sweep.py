@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from common.artifacts import NONE
 from common.command import Command
+from common.errors import UserError
 from npe.config import SweepConfig
 
 if TYPE_CHECKING:  # it needs torch, and --help does not
@@ -21,7 +22,8 @@ if TYPE_CHECKING:  # it needs torch, and --help does not
 def report(result: SweepResult | LearningCurves) -> None:
     """What the user waited for."""
     if curve := getattr(result, "curve", []):
-        print("lmax  nuisances     FoM  +- seeds  +- tiles  mixture  chi2/dof  recalibrated  FoM / bare")
+        print("                 as learnt                                                recalibrated")
+        print("lmax  nuisances     FoM  +- seeds  +- tiles  mixture  chi2/dof  / bare           FoM  / bare")
         for point in curve:
             print(row_of(point))
     for curve in getattr(result, "curves", []):
@@ -31,16 +33,29 @@ def report(result: SweepResult | LearningCurves) -> None:
             print(f"failed    {point['tag']}: {point['error']}")
     name = "fom_vs_lmax" if hasattr(result, "curve") else "learning_curve"
     print(f"picture   {result.folder}/{name}.png\nall       {result.folder}/{name}.json")
+    if result.failed:
+        raise UserError(f"{len(result.failed)} of {len(result.points)} points failed, for the reasons above")
 
 
 def row_of(point: CurvePoint) -> str:
     """A row of the table of the FoMs."""
     seeds, tiles = ("" if one is None else f"{one:.0f}" for one in (point.std_over_seeds, point.std_over_tiles))
-    bare = "" if point.to_bare is None or point.nuisance == NONE else f"{point.to_bare:.3f}"
-    bare += f" +- {point.to_bare_err:.3f}" if bare and point.to_bare_err is not None else ""
     fom = f"{point.lmax:4d}  {point.nuisance:9s}  {point.fom:6.0f}  {seeds:>8s}  {tiles:>8s}  {point.mixture_fom:7.0f}"
-    recalibrated = "" if point.fom_recalibrated is None else f"{point.fom_recalibrated:.0f}"
-    return f"{fom}  {point.chi2_per_dof:8.2f}  {recalibrated:>12s}  {bare}".rstrip()
+    bare = ratio(point.nuisance, point.to_bare, point.to_bare_err)
+    if point.nuisance != NONE and point.to_bare is None:
+        bare = "no bare run; add none to --nuisance"
+    fom += f"  {point.chi2_per_dof:8.2f}  {bare:15s}"
+    if point.fom_recalibrated is not None:
+        wide = ratio(point.nuisance, point.recalibrated_to_bare, point.recalibrated_to_bare_err)
+        fom += f"  {point.fom_recalibrated:3.0f}  {wide}"
+    return fom.rstrip()
+
+
+def ratio(nuisance: str, value: float | None, error: float | None) -> str:
+    """What is left of the FoM without nuisances, where there are any."""
+    if nuisance == NONE or value is None:
+        return ""
+    return f"{value:.3f}" if error is None else f"{value:.3f} +- {error:.3f}"
 
 
 def twice_as_many(curve: LearningCurve) -> str:

@@ -15,6 +15,7 @@ from common.errors import UserError
 COMPRESSOR_RUNS = "field_compressor_runs"
 NPE_RUNS = "field_npe_runs"
 SWEEPS = "sweeps"
+FRESH_TILES = "fresh_tiles"
 NONE = "none"  # of --nuisance
 
 
@@ -22,7 +23,7 @@ def tiles_folder(
     tiles_dir: str, results_dir: str | Path, lmax: int, noise_level: str, nuisance: str = NONE, *, fresh: bool = False
 ) -> Path:
     """Folder of the shards: --tiles-dir if it was given, else the one for this lmax, noise level and nuisance."""
-    kind = "fresh_tiles" if fresh else "tiles"
+    kind = FRESH_TILES if fresh else "tiles"
     text = tiles_dir or f"{results_dir}/{kind}/lmax_{{lmax}}_{{noise_level}}{{nuisance}}"
     return named_folder(text, lmax, noise_level, nuisance)
 

@@ -87,10 +87,13 @@ def kinds_of(text: str) -> tuple[str, ...]:
     """
     if text in (NONE, ALL):
         return KINDS if text == ALL else ()
-    kinds = tuple(kind for kind in KINDS if kind in text.split("+"))
-    if "+".join(kinds) != text or kinds == KINDS:
-        ways = f"{NONE}, {ALL}, {', '.join(KINDS)}, or two of these in this order with a + between them"
-        raise UserError(f"--nuisance {text!r} is not one of {ways}")
+    given = text.lower().replace(" ", "").split("+")
+    kinds = tuple(kind for kind in KINDS if kind in given)
+    written = ALL if kinds == KINDS else "+".join(kinds)
+    if not set(given) <= {*KINDS}:
+        raise UserError(f"--nuisance {text!r} is none of {NONE}, {', '.join(KINDS)} or {ALL}; several go as m+ia")
+    if written != text:
+        raise UserError(f"--nuisance {text!r} is written {written}")
     return kinds
 
 

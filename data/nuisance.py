@@ -31,7 +31,7 @@ dz_4 normal 0 0.017
 A_IA flat -5 5
 eta_IA flat -5 5
 """
-LINE = "a line is like `m_1 normal 0 0.0091` (mean, sigma) or `A_IA flat -5 5` (lower, upper), at most 20 each"
+LINE = "a line is like `m_1 normal 0 0.0091` (mean, sigma) or `A_IA flat -5 5` (lower, upper), with numbers up to 20"
 
 
 class PriorsTooWideError(UserError):
@@ -126,9 +126,10 @@ def priors_of(nuisance: str, priors: dict[str, Prior], n_bins: int) -> dict[str,
     return {name: priors[name] for name in names}
 
 
-def described(priors: dict[str, Prior]) -> dict[str, Any]:
-    """What a shard says of the priors that its nuisances were drawn from; nothing if none vary."""
-    return {"nuisance_priors": {name: list(vars(prior).values()) for name, prior in priors.items()}} if priors else {}
+def described(nuisance: str, priors: dict[str, Prior]) -> dict[str, Any]:
+    """What a shard says of its nuisances and the priors that they were drawn from; nothing if none vary."""
+    as_in_table = {name: list(vars(prior).values()) for name, prior in priors.items()}
+    return {"nuisance": nuisance, "nuisance_priors": as_in_table} if priors else {}
 
 
 def _parsed(words: list[str], where: str) -> tuple[str, Prior]:
@@ -140,7 +141,8 @@ def _parsed(words: list[str], where: str) -> tuple[str, Prior]:
     if not good or shape not in ("normal", "flat"):
         raise UserError(f"{where} is {' '.join(words)[:60]!r}; {LINE}")
     if (b < 0) if shape == "normal" else (b < a):
-        raise UserError(f"{where}: the {'sigma' if shape == 'normal' else 'range'} of {name} is negative; {LINE}")
+        what = "sigma is negative" if shape == "normal" else "lower end is above its upper end"
+        raise UserError(f"{where}: the prior of {name} has no sense, its {what}; {LINE}")
     return name, Prior(shape, a, b)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common.artifacts import FRESH_TILES
 from common.errors import UserError
 from common.machine import usable_cores
 from common.progress import Progress
+from data.config import ALL, KINDS
 from data.moments import Moments, empty_moments, moments_of
 from data.schema import name_of_tile, nside_of
 from data.shard import ShardLabels, kappa_of_shard, read_labels
@@ -47,8 +49,12 @@ def shard_paths(folder: Path, lmax: int, noise_level: str) -> list[Path]:
     """The shards of a folder, in the order of their names; UserError if there are none."""
     paths = sorted(folder.glob("shard_*.parquet"))
     if not paths:
-        made = f"`python run_mock.py --lmax {lmax} --noise-level {noise_level}`, with --nuisance where any vary"
-        raise UserError(f"no shard_*.parquet in {folder}; make tiles with {made}, or give another folder")
+        # A folder of ours says in its name which tiles are missing.
+        made = f"python run_mock.py --lmax {lmax} --noise-level {noise_level}"
+        nuisance = folder.name.removeprefix(f"lmax_{lmax}_{noise_level}_")
+        made += f" --nuisance {nuisance}" if set(nuisance.split("+")) <= {*KINDS, ALL} else ""
+        made += " --fresh" if folder.parent.name == FRESH_TILES else ""
+        raise UserError(f"no shard_*.parquet in {folder}; make tiles with `{made}`, or give another folder")
     return paths
 
 

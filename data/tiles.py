@@ -53,7 +53,7 @@ class Tiles:
         """The named labels (n, d); UserError if the suite does not vary such a nuisance."""
         if absent := [name for name in names if name not in self.labels]:
             varied = ", ".join(self.nuisances) or "no nuisances"
-            raise UserError(f"--params names {absent[0]}, which these tiles do not have (they have {varied})")
+            raise UserError(f"--params has {absent[0]}, which these tiles do not vary (but {varied}); give --nuisance")
         return np.stack([self.labels[name] for name in names], axis=1)
 
 

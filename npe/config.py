@@ -81,7 +81,7 @@ class SweepConfig(ResultsOptions):
                 f"--n-sims {self.n_sims!r}: a learning curve needs {MIN_NUMBERS} numbers, as 100,200,400,791"
             )
         if self.n_sims and len(nuisance_list(self.nuisance)) > 1:
-            raise UserError(f"--n-sims takes one --nuisance at a time, not {self.nuisance}; give a sweep to each")
+            raise UserError(f"--n-sims takes one --nuisance at a time, not {self.nuisance}; run one sweep for each")
         if self.n_sims and not npe.calibration_tiles:
             cure = "add --calibration-tiles in the quotes of --stage-2 (python run_mock.py --fresh makes some)"
             raise UserError(f"--n-sims compares runs on tiles that none of them has seen; {cure}")

@@ -4,12 +4,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from common.artifacts import named_folder
 from common.device import describe_device, name_of_dtype, seeded_generator
 from common.resume import LastCheckpoint
 from common.versions import versions
 from compress.model import TrainedCompressor
 from data.dataset import whole_dataset
 from data.module import SplitTiles
+from data.shard_metadata import nuisance_priors_of
 from data.split import fingerprint_of
 from data.tiles import Tiles
 from npe.calibration import calibrate, recalibrate, squared_distances
@@ -65,6 +67,8 @@ def evaluate_npe(run: NPERun, members: list[Member]) -> tuple[FomResult, np.ndar
         fom_test_lo_16=test_lo,
         fom_test_hi_84=test_hi,
         compressor_checkpoint=config.compressor_checkpoint,
+        nuisance=compressor.config.nuisance,
+        nuisance_priors=nuisance_priors_of(data.tiles_dir),
         fiducial=_fiducial(fiducial, data, rng),
         npe=_training(run, members[0]),
         ensemble=compare([fiducial, *of_others]),
@@ -103,7 +107,9 @@ def _calibration(
         theta, sim_id = data.theta[rows], data.tiles.keys[rows, 0]
     else:
         dataset = whole_dataset(fresh, data.params, data.norm_stats, run.last.device, model.dtype, run.config.tiles_on)
-        posterior, name = run.posterior(npe, CompressedTileDataset(dataset, model)), run.config.calibration_tiles
+        posterior = run.posterior(npe, CompressedTileDataset(dataset, model))
+        about = data.tiles.lmax, data.tiles.noise_level, run.compressor.config.nuisance
+        name = str(named_folder(run.config.calibration_tiles, *about))
         theta, sim_id = fresh.columns(data.params), fresh.keys[:, 0]
     calibration = calibrate(posterior, theta, sim_id, rng, fom=fom, tiles=name, optimistic=fresh is None)
     return calibration, squared_distances(posterior, theta)

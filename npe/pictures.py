@@ -43,7 +43,7 @@ def draw_fom(result: FomResult, path: Path) -> None:
         left.set_xlim(theta_true[0] - x, theta_true[0] + x)
         left.set_ylim(theta_true[1] - y, theta_true[1] + 1.25 * y)
         left.set(xlabel=label_of(FOM_PARAMS[0]), ylabel=label_of(FOM_PARAMS[1]))
-        left.set_title(f"Fiducial simulation, lmax {result.lmax}, {result.noise_level}")
+        left.set_title(f"Fiducial simulation, {result.tiles_in_words}")
         left.legend(loc="upper right")
 
         if n > 1:

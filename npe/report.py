@@ -33,7 +33,7 @@ def write_report(result: FomResult, folder: Path, compressor_run: Path) -> None:
         )
     ]
     pictures = {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items() if path.exists()}
-    varied = kinds_of(result.compressor.config["nuisance"])
+    varied = kinds_of(result.nuisance)
     words = {
         "varied": [text for kind, text in IN_WORDS.items() if kind in varied],
         "left_out": [*(text for kind, text in IN_WORDS.items() if kind not in varied), *NEVER_IN],

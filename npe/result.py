@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from common.artifacts import NONE
 from common.results import key, read_result
 from data.audit import Audit
 from data.schema import FOM_PARAMS
@@ -142,10 +143,10 @@ class CurvePoint:
     fom_recalibrated: float | None = key("mean over seeds of the recalibrated FoM; null without --calibration-tiles")
     mixture_fom: float = key("median FoM of the mixture of the runs' posteriors, tile by tile")
     worst_divergence_nats: float = key("largest mean KL divergence between two runs [nats]")
-    to_bare: float | None = key(
-        "mean over seeds of the FoM, recalibrated if it can be, over that without nuisances; null if there is none"
-    )
-    to_bare_err: float | None = key("error of that mean; null for one seed")
+    to_bare: float | None = key("mean over seeds of the FoM over the bare run's; null without such a run")
+    to_bare_err: float | None = key("error of that mean from its scatter over seeds; null for one seed")
+    recalibrated_to_bare: float | None = key("the same of the recalibrated FoMs; null without --calibration-tiles")
+    recalibrated_to_bare_err: float | None = key("the same of its error")
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class SweepResult:
     noise_level: str = key("shape noise of the tiles")
     curve: list[CurvePoint] = key("one entry per lmax and nuisance")
     points: list[dict[str, Any]] = key(
-        "one entry per run: `lmax`, `nuisance`, `seed`, `tag`, FoMs and `chi2_per_dof`; or `error`"
+        "one entry per run: `lmax`, `nuisance`, `seed`, `tag`, FoMs and figures of the calibration; or `error`"
     )
     failed: list[str] = key("tags of the runs that failed")
     folder: str = key("folder of the sweep")
@@ -226,6 +227,10 @@ class FomResult:
     fom_test_lo_16: float = key("16th percentile of that median, bootstrapped over simulations")
     fom_test_hi_84: float = key("84th percentile of it")
     compressor_checkpoint: str = key("`{tag}/best.ckpt` of stage 1")
+    nuisance: str = key("nuisances of the survey that the tiles vary, or `none`")
+    nuisance_priors: dict[str, list[Any]] | None = key(
+        "shape and two numbers of each nuisance's prior, as in a table of priors; null if none varies"
+    )
     fiducial: FiducialTiles = key("the posteriors of the fiducial tiles")
     npe: NPETraining = key("the training")
     ensemble: Ensemble = key("the members, see [the FoM's error](calibration.md#the-foms-error)")
@@ -245,6 +250,12 @@ class FomResult:
     precision: str = key("of the compressor's arithmetic: float32 or bfloat16")
     versions: dict[str, str] = key("`commit` of this code (`+changes` if a tracked file differs), Python, packages")
     config: dict[str, Any] = key("every option")
+
+    @property
+    def tiles_in_words(self) -> str:
+        """What the tiles are, as titles say it."""
+        nuisances = "" if self.nuisance == NONE else f", nuisances {self.nuisance}"
+        return f"lmax {self.lmax}, {self.noise_level}{nuisances}"
 
     @property
     def params(self) -> tuple[str, ...]:

@@ -164,7 +164,7 @@ def check_calibration_tiles(fresh: Tiles, folder: Path, tiles: Tiles, tiles_dir:
     if list(fresh.nuisances) != list(tiles.nuisances):
         theirs, ours = (", ".join(some.nuisances) or "no nuisances" for some in (fresh, tiles))
         cure = "give tiles that vary the same ({nuisance} in the name of the folder stands for the run's)"
-        raise UserError(f"{where} varies {theirs}, the run's tiles {ours}; {cure}")
+        raise UserError(f"{where} varies {theirs}, the run's tiles vary {ours}; {cure}")
     if nuisance_priors_of(folder) != nuisance_priors_of(tiles_dir):
         raise UserError(f"{where} was made with other --nuisance-priors than {tiles_dir}; give tiles with the same")
 

@@ -49,7 +49,11 @@ CURVE_NAME, LEARNING_CURVE_NAME = "fom_vs_lmax.json", "learning_curve.json"  # t
 def run_sweep(config: SweepConfig, on_checkpoint: Callable[[], None] = lambda: None) -> SweepResult | LearningCurves:
     """Every point, one after the other, and the curve; UserError if no point succeeded."""
     with exclusive(Path(config.results_dir, SWEEPS, config.name)):
-        return _curve(config, [run_point(run, on_checkpoint) for run in config.runs], on_checkpoint)
+        outcomes = []
+        for number, run in enumerate(config.runs, 1):
+            say(f"point {number} of {len(config.runs)}: {run.tag}")
+            outcomes.append(run_point(run, on_checkpoint))
+        return _curve(config, outcomes, on_checkpoint)
 
 
 def sweep_side_by_side(
@@ -196,9 +200,10 @@ def _point(run: SweepRun, outcome: FomResult | Exception) -> dict[str, Any]:
         return point | {"error": _in_words(outcome)}
     for name in ("fom_fiducial_median", "fom_fiducial_std", "fom_test_median"):
         point[name] = getattr(outcome, name)
-    for name in ("chi2_per_dof", "nll", "nll_err") if run.n_sims else ("chi2_per_dof",):
+    for name in ("chi2_per_dof", "nll", "nll_err", "verdict"):
         point[name] = getattr(outcome.calibration, name)
-    return point
+    wide = outcome.recalibrated
+    return point | {"fom_recalibrated": wide and wide.fom_fiducial_median}
 
 
 def combine_seeds(lmax: int, nuisance: str, by_seed: dict[int, FomResult], bare: dict[int, FomResult]) -> CurvePoint:
@@ -208,8 +213,10 @@ def combine_seeds(lmax: int, nuisance: str, by_seed: dict[int, FomResult], bare:
     scatters = [result.fom_fiducial_std for result in results if result.fom_fiducial_std is not None]
     ensemble = compare([result.posterior for result in results])
     recalibrated = [result.recalibrated.fom_fiducial_median for result in results if result.recalibrated]
-    ratios = np.array([_best_fom(by_seed[seed]) / _best_fom(bare[seed]) for seed in by_seed if seed in bare])
-    spread = scatter(ratios) if len(ratios) else None
+    pairs = [(by_seed[seed], bare[seed]) for seed in by_seed if seed in bare]
+    to_bare = _ratio([(one.fom_fiducial_median, other.fom_fiducial_median) for one, other in pairs])
+    wide = [(one.recalibrated, other.recalibrated) for one, other in pairs]
+    recalibrated_to_bare = _ratio([(o.fom_fiducial_median, b.fom_fiducial_median) for o, b in wide if o and b])
     return CurvePoint(
         lmax=lmax,
         nuisance=nuisance,
@@ -221,11 +228,15 @@ def combine_seeds(lmax: int, nuisance: str, by_seed: dict[int, FomResult], bare:
         fom_recalibrated=float(np.mean(recalibrated)) if recalibrated else None,
         mixture_fom=ensemble.mixture.fom_fiducial_median,
         worst_divergence_nats=ensemble.worst_divergence_nats,
-        to_bare=float(ratios.mean()) if len(ratios) else None,
-        to_bare_err=None if spread is None else spread / np.sqrt(len(ratios)),
+        to_bare=to_bare[0],
+        to_bare_err=to_bare[1],
+        recalibrated_to_bare=recalibrated_to_bare[0],
+        recalibrated_to_bare_err=recalibrated_to_bare[1],
     )
 
 
-def _best_fom(result: FomResult) -> float:
-    """The recalibrated FoM if there is one: of two posteriors that are too sure, the FoMs do not compare."""
-    return (result.recalibrated or result).fom_fiducial_median
+def _ratio(pairs: list[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """The mean of the ratios of pairs, and its error from their scatter."""
+    ratios = np.array([one / other for one, other in pairs])
+    spread = scatter(ratios) if len(ratios) else None
+    return float(ratios.mean()) if len(ratios) else None, None if spread is None else spread / np.sqrt(len(ratios))

@@ -58,7 +58,7 @@ def plan(config: IngestConfig) -> list[Job]:
         folder = tiles_folder("", config.results_dir, lmax, level, nuisance)
         # Maps do not say yet how many bins they have; of their nuisances there is only m.
         of_maps = {name: prior for name, prior in priors.items() if nuisance != NONE and name.startswith("m_")}
-        varied = described(priors_of(nuisance, priors, len(nz)) if config.nz else of_maps)
+        varied = described(nuisance, priors_of(nuisance, priors, len(nz)) if config.nz else of_maps)
         description = describe(config.geometry, {**options, "lmax": lmax, "noise_level": level} | varied)
         outputs.append(Output(lmax, level, nuisance, str(folder), description))
     shared = (z, nz, tuple(outputs), priors, f"{config.results_dir}/{DOWNLOADS}", config)

@@ -63,7 +63,7 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
     jobs, priors = _jobs(config)
     # So that shards of an earlier version, whose shift was one for all cosmologies, are not mixed with these.
     shift = {"lognormal_shift": "of each cosmology"} if config.field == "lognormal" else {}
-    varied = described(priors)
+    varied = described(config.nuisance, priors)
     description = describe(config.geometry, {name: getattr(config, name) for name in DESCRIBED} | shift | varied)
     with exclusive(folder):
         finished = finished_shards(folder, description, config.restart)
