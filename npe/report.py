@@ -16,6 +16,7 @@ IN_WORDS = {
     "dz": "errors of the source redshifts",
     "m": "errors of the shear calibration",
 }  # of the nuisances, which the tiles either vary or lack
+# A nuisance that KINDS gets must leave these.
 NEVER_IN = ("baryonic feedback", "masks", "the survey's footprint")
 
 

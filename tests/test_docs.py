@@ -62,6 +62,7 @@ ONLY_PARSED = {
     r"run_fetch\.py": "needs the network; tests/test_fetch.py has a hub of its own",
     r"run_ingest\.py": "needs simulations; tests/test_ingest.py makes some",
     r"results/gower_street": "needs the published tiles, 3.85 GB",
+    r"my_priors\.txt": "needs the user's table; tests/test_nuisance.py has its own",
     r"efficientnet_v2_s": "needs a GPU, or days",
     r"^python -m pytest": "is a test itself",
     r"^grep ": "only looks",
