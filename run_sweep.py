@@ -22,8 +22,10 @@ if TYPE_CHECKING:  # it needs torch, and --help does not
 def report(result: SweepResult | LearningCurves) -> None:
     """What the user waited for."""
     if curve := getattr(result, "curve", []):
-        print("                 as learnt                                                recalibrated")
-        print("lmax  nuisances     FoM  +- seeds  +- tiles  mixture  chi2/dof  / bare           FoM  / bare")
+        print("FoM of (Omega_m, S8), and what nuisances leave of the bare one")
+        print(
+            "lmax  nuisances  as learnt  +- seeds  +- tiles  mixture  chi2/dof  / bare           recalibrated  / bare"
+        )
         for point in curve:
             print(row_of(point))
     for curve in getattr(result, "curves", []):
@@ -40,14 +42,14 @@ def report(result: SweepResult | LearningCurves) -> None:
 def row_of(point: CurvePoint) -> str:
     """A row of the table of the FoMs."""
     seeds, tiles = ("" if one is None else f"{one:.0f}" for one in (point.std_over_seeds, point.std_over_tiles))
-    fom = f"{point.lmax:4d}  {point.nuisance:9s}  {point.fom:6.0f}  {seeds:>8s}  {tiles:>8s}  {point.mixture_fom:7.0f}"
+    fom = f"{point.lmax:4d}  {point.nuisance:9s}  {point.fom:9.0f}  {seeds:>8s}  {tiles:>8s}  {point.mixture_fom:7.0f}"
     bare = ratio(point.nuisance, point.to_bare, point.to_bare_err)
     if point.nuisance != NONE and point.to_bare is None:
         bare = "no bare run; add none to --nuisance"
     fom += f"  {point.chi2_per_dof:8.2f}  {bare:15s}"
     if point.fom_recalibrated is not None:
         wide = ratio(point.nuisance, point.recalibrated_to_bare, point.recalibrated_to_bare_err)
-        fom += f"  {point.fom_recalibrated:3.0f}  {wide}"
+        fom += f"  {point.fom_recalibrated:12.0f}  {wide}"
     return fom.rstrip()
 
 
