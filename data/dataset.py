@@ -67,7 +67,7 @@ class TileDataset:
     @property
     def sim_ids(self) -> np.ndarray:
         """Number of the simulation of each tile, (n,); without keys every tile has one of its own."""
-        return self.rows.numpy() if self.keys is None else self.keys[self.rows, 0]
+        return self.rows.numpy() if self.keys is None else self.keys[self.rows.numpy(), 0]
 
     def of_sims(self, sim_ids: np.ndarray) -> TileDataset:
         """The tiles of some simulations; noise is then that of their tiles, too."""

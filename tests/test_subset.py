@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL_LMAX, SMALL_SUITE, write_tiles
 
 from common.artifacts import tiles_folder
+from data.dataset import TileDataset
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 from data.read_shards import read_tiles
+from data.schema import tile_keys
 from data.split import read_manifest, subset_of
 from data.tiles import Tiles
 
@@ -108,3 +111,11 @@ def test_stage_1_and_the_check_say_what_they_took(suites: dict[str, Path], run_c
         code, _, err = run_command(script, *tiles, "--n-sims", 61)
         assert code == 2
         assert err.splitlines()[-1].startswith("error: --n-sims 61: there are 60 simulations")
+
+
+def test_a_split_of_one_tile_knows_its_simulation() -> None:
+    one = TileDataset(
+        torch.zeros(12, 1, 4, 4), torch.zeros(12, 2), np.array([5]), torch.device("cpu"), None, tile_keys(7)
+    )
+    assert one.sim_ids.tolist() == [7]
+    assert (len(one.of_sims(np.array([7]))), len(one.of_sims(np.array([8])))) == (1, 0)
