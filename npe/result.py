@@ -229,7 +229,7 @@ class FomResult:
     compressor_checkpoint: str = key("`{tag}/best.ckpt` of stage 1")
     nuisance: str = key("nuisances of the survey that the tiles vary, or `none`")
     nuisance_priors: dict[str, list[Any]] | None = key(
-        "shape and two numbers of each nuisance's prior, as in a table of priors; null if none varies"
+        "shape and two numbers of each nuisance's prior, as in a table of priors; null if the shards name none"
     )
     fiducial: FiducialTiles = key("the posteriors of the fiducial tiles")
     npe: NPETraining = key("the training")
