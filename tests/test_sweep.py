@@ -34,7 +34,8 @@ def test_a_sweep_draws_its_curve_skips_what_is_finished_and_survives_a_failed_po
     options = ["--results-dir", tmp_path, "--lmax", f"{OTHER_LMAX},{SMALL_LMAX}", "--seeds", 2, "--noise-level"]
     options += ["noiseless", "--stage-1", STAGE_1, "--stage-2", STAGE_2]
     code, out, err = run_command("run_sweep.py", *options)
-    assert code == 0
+    assert code == 2
+    assert "2 of 4 points failed" in err.splitlines()[-1]
     folder = tmp_path / "sweeps" / "sweep"
     result = json.loads((folder / "fom_vs_lmax.json").read_text())
     assert result["failed"] == [f"sweep_lmax{OTHER_LMAX}_seed42", f"sweep_lmax{OTHER_LMAX}_seed43"]
