@@ -88,9 +88,9 @@ def transport(cl: np.ndarray, target: np.ndarray) -> np.ndarray:
     one Gaussian to another, C^-1/2 (C^1/2 C' C^1/2)^1/2 C^-1/2.
     """
     value, vector = np.linalg.eigh(cl_matrix(cl))  # (n_ell, 4), (n_ell, 4, 4)
-    root, inverse = (np.einsum("lik,lk,ljk->lij", vector, value**power, vector) for power in (0.5, -0.5))
+    root, inverse = ((vector * value[:, None] ** power) @ vector.mT for power in (0.5, -0.5))
     value, vector = np.linalg.eigh(root @ cl_matrix(target) @ root)
-    middle = np.einsum("lik,lk,ljk->lij", vector, np.sqrt(np.maximum(value, 0)), vector)
+    middle = (vector * np.sqrt(np.maximum(value, 0))[:, None]) @ vector.mT
     return inverse @ middle @ inverse
 
 
@@ -112,4 +112,9 @@ def with_nuisances(alm: np.ndarray, cosmo: np.ndarray, nuisances: Sequence[Nuisa
     """The sky of every nuisance (n, 4, n_alm), from that of lensing alone (4, n_alm), of a cosmology (7,)."""
     place = np.maximum(ell_of_alm(lmax), 2) - 2  # ell = 0 and 1, which have no power, as 2
     found = responses(cosmo, nuisances, np.arange(2, lmax + 1))
-    return np.stack([alm if r is None else np.einsum("aij,ja->ia", r[place], alm) for r in found])
+    return np.stack([alm if r is None else _mixed(alm, r.transpose(1, 2, 0)[..., place]) for r in found])
+
+
+def _mixed(alm: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """Coefficients (4, n_alm) of bins that are sums of others, from those (4, n_alm) and the response (4, 4, n_alm)."""
+    return np.stack([sum(of_bin * one for of_bin, one in zip(row, alm, strict=True)) for row in response])
