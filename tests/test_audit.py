@@ -210,6 +210,10 @@ def test_a_scaled_a_noise_only_and_a_constant_tile_stand_out_and_no_other(larger
     variance = moments_of(larger.kappa).variance
     assert variance_outliers(larger.keys, variance)
     assert variance_outliers(larger.keys, variance, ["dz_1"]) == []
+    for nuisances, some in (({}, True), ({"dz_1": np.zeros(len(larger.keys))}, False)):
+        with_them = replace(larger, nuisances=nuisances)
+        audit = audited(with_them, splits_of(with_them), FIDUCIAL, ())
+        assert bool(audit.n_variance_outliers) == some
     larger.kappa[98] *= 1.7
     found = variance_outliers(larger.keys, moments_of(larger.kappa).variance, ["A_IA"])
     assert [o.key for o in found] == larger.keys[[98]].tolist()
