@@ -31,7 +31,10 @@ dz_4 normal 0 0.017
 A_IA flat -5 5
 eta_IA flat -5 5
 """
-LINE = "a line is like `m_1 normal 0 0.0091` (mean, sigma) or `A_IA flat -5 5` (lower, upper), with numbers up to 20"
+LINE = (
+    "a line is like `m_1 normal 0 0.0091` (mean, sigma) or `A_IA flat -5 5` (lower, upper), "
+    f"with numbers up to {LARGEST:g}"
+)
 
 
 class PriorsTooWideError(UserError):
