@@ -97,6 +97,11 @@ def kinds_of(text: str) -> tuple[str, ...]:
     return kinds
 
 
+def kind_of(nuisance: str) -> str:
+    """The kind of a nuisance by the name of its column, such as A_IA or dz_1."""
+    return "ia" if nuisance.endswith("_IA") else nuisance.partition("_")[0]
+
+
 def nuisance_list(text: str) -> list[str]:
     """The nuisances of an option that is a list with commas; UserError if one is unknown."""
     found = list(dict.fromkeys(one.strip() for one in text.split(",")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from common.errors import UserError
 from common.machine import Device
 from common.options import Config, ResultsOptions, flag_of, option, parse_args
 from compress.config import CompressorConfig, TrainingOptions
-from data.config import NoiseLevel, nuisance_list, number_list
+from data.config import NoiseLevel, kind_of, kinds_of, nuisance_list, number_list
+from data.schema import NUISANCE
 
 MIN_NUMBERS = 4  # of simulations, for a learning curve: one more than its law has constants
 
@@ -143,13 +144,18 @@ class SweepRun:
     def compressor(self) -> CompressorConfig:
         """Options of stage 1.
 
-        In a learning curve every seed has its own split and subsets, so that the scatter over seeds has what other
-        simulations would change.
+        A nuisance in --params is inferred at the points whose tiles vary it. In a learning curve every seed has its own
+        split and subsets, so that the scatter over seeds has what other simulations would change.
         """
         subset = {"n_sims": self.compressor_n_sims, "split_seed": self.seed} if self.n_sims else {}
         given = {"lmax": self.lmax, "noise_level": self.sweep.noise_level, "nuisance": self.nuisance}
         given |= {"tag": self.compressor_tag, **subset}
-        return self._parsed(CompressorConfig, "stage_1", given)
+        config = self._parsed(CompressorConfig, "stage_1", given)
+        elsewhere = {kind for one in nuisance_list(self.sweep.nuisance) for kind in kinds_of(one)}
+        known = elsewhere - set(kinds_of(self.nuisance))
+        names = config.theta_names
+        inferred = [name for name in names if not (NUISANCE.fullmatch(name) and kind_of(name) in known)]
+        return replace(config, params=",".join(inferred))
 
     def npe(self, ckpt: str) -> NPEConfig:
         """Options of stage 2."""

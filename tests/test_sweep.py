@@ -250,3 +250,13 @@ def test_quotes_may_hold_one_option_alone() -> None:
     config = parse_args(SweepConfig, ["--stage-1", "--restart", "--lmax", "200", "--stage-2=--n-members 2"])
     assert config.runs[0].compressor().restart
     assert config.runs[0].npe("x").n_members == 2
+
+
+def test_a_nuisance_is_inferred_at_the_points_whose_tiles_vary_it() -> None:
+    def inferred(nuisance: str) -> list[str]:
+        config = SweepConfig(nuisance=nuisance, seeds=1, stage_1="--params Omega_m,S8,A_IA,m_2")
+        return [run.compressor().params for run in config.runs]
+
+    bare, both = "Omega_m,S8", "Omega_m,S8,A_IA,m_2"
+    assert inferred("none,m,dz,ia,all") == [bare, f"{bare},m_2", bare, f"{bare},A_IA", both] * 3
+    assert inferred("dz") == [both] * 3  # where no tiles vary them, stage 1 refuses them
