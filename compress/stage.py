@@ -22,7 +22,7 @@ from compress.result import RESULT_NAME, CompressorResult
 from compress.train import train
 from data.module import SplitTiles, TileDataModule
 from data.norm_stats import NormStats, write_norm_stats
-from data.schema import nside_of
+from data.schema import A_IA, nside_of
 from data.split import SplitManifest, write_manifest
 
 
@@ -93,6 +93,8 @@ def read_tiles(
     ).setup()
     for warning in data.audit.warnings():
         warn(warning)
+    if training and A_IA in data.tiles.nuisances and A_IA not in data.params:
+        warn(f"the tiles vary {A_IA}, of which the summaries will say nothing: the FoM is lower; add it to --params")
     if len(data.fiducial_ds) == 0:
         warn(f"{data.tiles_dir} has no simulation {config.fiducial_sim_id}, the fiducial one: stage 2 will refuse it")
     return data

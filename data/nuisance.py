@@ -10,7 +10,7 @@ from scipy.special import hyp2f1, ndtri
 
 from common.errors import UserError
 from data.config import kinds_of
-from data.schema import N_ORIENTATIONS, NUISANCE, in_order
+from data.schema import A_IA, N_ORIENTATIONS, NUISANCE, in_order
 
 C1_RHO_CRIT = 0.0134  # Bridle & King 2007, arXiv:0705.0166: 5e-14 Mpc^3 / (h^2 solar masses) times rho_crit today
 PIVOT_Z = 0.62  # Secco, Samuroff et al. 2022, arXiv:2105.13544
@@ -87,7 +87,7 @@ class Nuisance:
 
 def names_of(kinds: tuple[str, ...], n_bins: int) -> list[str]:
     """Names of the nuisances of these kinds, in their order."""
-    names = ["A_IA", "eta_IA"] if "ia" in kinds else []
+    names = [A_IA, "eta_IA"] if "ia" in kinds else []
     return in_order(names + [f"{kind}_{a + 1}" for kind in ("dz", "m") if kind in kinds for a in range(n_bins)])
 
 
@@ -169,7 +169,7 @@ def nuisance_of(values: dict[str, np.ndarray], orientation: int, n_bins: int) ->
         return float(values[name][orientation]) if name in values else 0.0
 
     m, dz = (np.array([value(f"{kind}_{a + 1}") for a in range(n_bins)]) for kind in ("m", "dz"))
-    return Nuisance(m, dz, value("A_IA"), value("eta_IA"))
+    return Nuisance(m, dz, value(A_IA), value("eta_IA"))
 
 
 def check_shifts(z: np.ndarray, nz: np.ndarray, draws: list[dict[str, np.ndarray]], z_end: float = np.inf) -> None:

@@ -26,6 +26,7 @@ LABELS = {
 PARAM_NAMES = tuple(LABELS)  # the order of their columns everywhere
 # Columns that only suites with nuisances have: alignments, and of every bin a redshift shift and a shear bias.
 NUISANCE = re.compile(r"(A|eta)_IA|(dz|m)_[1-9]\d*")
+A_IA = "A_IA"  # amplitude of the alignments
 FOM_PARAMS = ("Omega_m", "S8")  # the Figure of Merit is always of these two
 SIMS_PER_SHARD = 50  # as in the published shards
 

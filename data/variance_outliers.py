@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common import results
+from data.schema import A_IA
 
 # In robust sigmas of ln variance. The scale is that of differences between neighbours: offsets from a median would be
 # too small where a simulation has few tiles, or has them twice. In 791 simulations at lmax 64 and 200 and in 40 at 600,
@@ -41,7 +42,7 @@ def variance_outliers(keys: np.ndarray, variance: np.ndarray, nuisances: Iterabl
         nuisances: names of those that vary.
     """
     alike = "orientation" if nuisances else "sim"
-    limit = OUTLIER_SIGMA_ALIGNED if "A_IA" in nuisances else OUTLIER_SIGMA
+    limit = OUTLIER_SIGMA_ALIGNED if A_IA in nuisances else OUTLIER_SIGMA
     floor = SMALLEST_VARIANCE * np.median(variance, axis=0) + np.finfo(np.float64).tiny  # (bins,)
     ln_variance = np.log(np.maximum(variance, floor))  # (n, bins)
     n_columns = 2 if nuisances else 1  # of keys, that tiles of one sky share

@@ -15,7 +15,7 @@ from data.mock.limber import spectra_ratio
 from data.mock.nz import N_BINS
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES, cl_matrix, theory_cl_at
 from data.nuisance import Nuisance, Prior
-from data.schema import noise_cl
+from data.schema import A_IA, noise_cl
 
 N_RESPONSE = (10, 12)  # cosmologies in Omega_m and S8 at which the response to alignments is computed
 N_GRID = (240, 320)  # cells in Omega_m and S8 over the prior's range: a fifth of a typical sigma
@@ -85,7 +85,7 @@ def draws_from_prior(n_log2: int, seed: int) -> WeightedPoints:
 
 def draws_with_nuisances(n_log2: int, seed: int, priors: dict[str, Prior]) -> WeightedPoints:
     """2^n_log2 points in (Omega_m, S8), uniform and weighted to the prior, A_IA and the m of their priors."""
-    names = ["A_IA", *(f"m_{a + 1}" for a in range(N_BINS))]
+    names = [A_IA, *(f"m_{a + 1}" for a in range(N_BINS))]
     v = qmc.Sobol(2 + len(names), rng=np.random.default_rng(seed)).random_base2(n_log2)  # (n, 7)
     theta_range = np.array([OMEGA_M_RANGE, (S8_EDGES[0], S8_EDGES[-1])])
     cosmo = np.tile(FIDUCIAL_COSMO, (len(v), 1))
