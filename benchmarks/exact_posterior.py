@@ -132,10 +132,11 @@ def unseen_tiles(vary: Vary, priors: dict[str, Prior]) -> tuple[np.ndarray, np.n
 def learnt_posterior(compressor_run: Path, npe_run: Path, kappa: np.ndarray) -> Posterior:
     """Posteriors of (Omega_m, S8) for tiles (n, 4, N, N) from the trained networks."""
     norm_stats = read_norm_stats(compressor_run)
-    unused = np.ones((len(kappa), len(PARAM_NAMES)))
-    tiles = Tiles(kappa, np.zeros((len(kappa), 3), dtype=np.int64), unused, LMAX, NOISE_LEVEL)
     compressor = load_compressor(compressor_run / CHECKPOINT_NAME, CPU, "float32")
-    params = compressor.config.theta_names
+    params, unused = compressor.config.theta_names, np.ones((len(kappa), len(PARAM_NAMES)))
+    nuisances = {name: unused[:, 0] for name in params if name not in PARAM_NAMES}
+    keys = np.zeros((len(kappa), 3), dtype=np.int64)
+    tiles = Tiles(kappa, keys, unused, LMAX, NOISE_LEVEL, nuisances=nuisances)
     dataset = whole_dataset(tiles, params, norm_stats, CPU)
     npe = load_npe(npe_run / NPE_CHECKPOINT_NAME, len(params), CPU)[0]
     summary, _ = compress_all(CompressedTileDataset(dataset, compressor.model), BATCH_SIZE)
