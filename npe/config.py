@@ -29,10 +29,10 @@ class NPEConfig(TrainingOptions):
     lmax: int | None = option(None, "checked against the checkpoint if given")
     noise_level: str | None = option(None, "checked against the checkpoint if given")
     nuisance: str | None = option(None, "checked against the checkpoint if given")
-    max_epochs: int = option(500, "train at most so many epochs", above=0)
-    batch_size: int = option(256, "tiles per step", above=0)
+    max_epochs: int = option(30, "train at most so many epochs; the learning rate falls to 0 over them", above=0)
+    batch_size: int = option(64, "tiles per step", above=0)
     patience: int = option(30, "stop after so many epochs without a lower loss on the test split", above=0)
-    learning_rate: float = option(1e-3, "learning rate of AdamW", above=0)
+    learning_rate: float = option(5e-3, "learning rate of AdamW at the start", above=0)
     weight_decay: float = option(1e-5, "weight decay of AdamW", at_least=0)
     hidden_layers: int = option(
         2, "hidden layers of the NPE; 0: mean and covariance are affine in the summary", in_tag=True, at_least=0

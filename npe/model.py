@@ -26,7 +26,8 @@ class GaussianNPE(nn.Module):
 
     The network gives mu and the numbers of CholeskyFactor, the factor L of the precision. As 1 / sqrt(det Cov) is the
     product of L's diagonal, neither the loss nor the volume of the posterior needs an inverse. The summary has d
-    numbers, as theta has. Without hidden layers all of these are affine in the summary.
+    numbers, as theta has, and is stage 1's estimate of it: training begins at mu = s. Without hidden layers mu and the
+    numbers are affine in the summary.
     """
 
     def __init__(self, n_params: int, hidden_layers: int = 2) -> None:
@@ -34,12 +35,15 @@ class GaussianNPE(nn.Module):
         self.n_params, self.factor = n_params, CholeskyFactor(n_params)
         sizes = [n_params, *[HIDDEN] * hidden_layers]
         hidden = (layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.SiLU()))
-        self.mlp = nn.Sequential(*hidden, nn.Linear(sizes[-1], n_params + self.factor.n_numbers))
+        last = nn.Linear(sizes[-1], n_params + self.factor.n_numbers)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.change = nn.Sequential(*hidden, last)
 
     def forward(self, summary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Summaries (B, d) -> mu (B, d) and the precision's Cholesky factor L (B, d, d)."""
-        mu, numbers = self.mlp(summary).split([self.n_params, self.factor.n_numbers], dim=-1)
-        return mu, self.factor(numbers)
+        change, numbers = self.change(summary).split([self.n_params, self.factor.n_numbers], dim=-1)
+        return summary + change, self.factor(numbers)
 
     def nll(self, summary: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         """-ln q(theta | summary) per tile, (B,), in nats for normalised theta."""

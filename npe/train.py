@@ -1,5 +1,6 @@
 """Stage 2, the training loop: every member keeps its weights with the lowest loss on the test split."""
 
+import math
 import time
 
 import torch
@@ -8,7 +9,7 @@ from common.device import seeded_generator
 from common.errors import UserError
 from common.progress import Progress
 from common.resume import LastCheckpoint, Part, Position
-from data.dataset import batches, first_bad_batch
+from data.dataset import batches, first_bad_batch, n_batches
 from npe.compressed import CompressedTileDataModule, WeightedDataset, compress_all
 from npe.config import NPEConfig
 from npe.ensemble import Member, bootstrap_weights, make_members
@@ -27,6 +28,7 @@ def train(compressed: CompressedTileDataModule, config: NPEConfig, last: LastChe
     parts: dict[str, Part] = {"optimizer": optimizer} | {f"member {k}": member for k, member in enumerate(members)}
     weight, val_weight = bootstrap_weights(config, compressed.train_sims, compressed.val_sims)
     train_ds, val_weight = WeightedDataset(compressed.train_ds, weight), val_weight.to(last.device)  # (n, n_members)
+    steps_per_epoch = n_batches(len(train_ds), config.batch_size)
     at = last.restore(parts, {"augment": compressed.augment})
 
     with Progress("training the NPE", config.max_epochs, "epochs") as progress, last.saved_when_interrupted():
@@ -35,6 +37,7 @@ def train(compressed: CompressedTileDataModule, config: NPEConfig, last: LastChe
         while at.epoch < config.max_epochs and not all(member.stopper.should_stop() for member in members):
             epoch_start, shuffle = time.monotonic(), _shuffle(config, at.epoch)
             for summary, theta, weight in batches(train_ds, config.batch_size, shuffle, first=at.batch):
+                optimizer.param_groups[0]["lr"] = config.learning_rate * falling(at, steps_per_epoch, config.max_epochs)
                 nll = mean_nll(members, summary, theta, weight)  # (n_members,)
                 optimizer.zero_grad(set_to_none=True)
                 nll.sum().backward()
@@ -54,6 +57,11 @@ def train(compressed: CompressedTileDataModule, config: NPEConfig, last: LastChe
             last.end_epoch({"epoch": at.epoch, **losses, "seconds": round(time.monotonic() - epoch_start, 3)})
             progress.advance(1, f"test_nll {losses['test_nll']:.4f}, best {first.best_loss:.4f}")
     return members
+
+
+def falling(at: Position, steps_per_epoch: int, max_epochs: int) -> float:
+    """What the learning rate is multiplied by: half a cosine, from 1 to 0 (Loshchilov & Hutter, arXiv:1608.03983)."""
+    return (1 + math.cos(math.pi * (at.epoch + at.batch / steps_per_epoch) / max_epochs)) / 2
 
 
 def mean_nll(members: list[Member], summary: torch.Tensor, theta: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
