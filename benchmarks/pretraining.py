@@ -33,7 +33,7 @@ FIRST_SEED = 42  # of the trainings
 EPOCHS, DECAY = 20, 5  # of --recipe laptop, for all dear simulations
 LOSS = "--recipe laptop --loss nll"
 FINE_TUNED = "--learning-rate 2e-3"  # a quarter of the recipe's peak
-STAGE_2 = "--hidden-layers 0 --learning-rate 0.01"  # two hidden layers are too many for 150 tiles
+STAGE_2 = "--hidden-layers 0 --learning-rate 0.05"  # two hidden layers are too many for 150 tiles
 STARTS = {"scratch": BLUE, "pretrained": ORANGE}
 
 

@@ -1,7 +1,7 @@
 """How well does stage 2 learn from 2370 tiles, how much does its FoM scatter, and does a run quote that scatter?
 
 python benchmarks/stage_2.py RUN       20 suites for the compressor of a run of exact_posterior.py
-python benchmarks/stage_2.py RUN --stage-2= --stage-2="--hidden-layers 0 --learning-rate 0.01"    two recipes
+python benchmarks/stage_2.py RUN --stage-2= --stage-2="--hidden-layers 0 --learning-rate 0.05"    two recipes
 
 For every suite the tiles that stage 2 would get (2370 to learn from, 474 that stop it) are drawn anew on the testbed of
 exact_posterior.py and compressed by the frozen compressor of one finished run; the training loop of stage 2 learns from

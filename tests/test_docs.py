@@ -182,7 +182,7 @@ def test_the_quick_start_runs_from_tiles_to_fom(workplace: Workplace) -> None:
     assert list(workplace.folder.rglob("fom_result.json"))
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page: Path, workplace: Workplace) -> None:
     for command in commands_of(page.read_text(encoding="utf-8")):
         if not command.reason_not_to_run():
