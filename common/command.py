@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal
 
-from common.errors import UserError, exit_on_user_error
+from common.errors import LEADS, UserError, exit_on_user_error
 from common.interrupt import listening
 from common.options import Config, ResultsOptions, flag_of, names_of, parse_args, with_signature_of
 from common.versions import COMMIT, COMMIT_VARIABLE
@@ -58,7 +58,9 @@ class Command(Generic[Config]):
         """Run it here."""
         config = parse_args(self.config_class)
         argument = function_named(self.plan)(config) if self.plan else config
-        self.report(function_named(self.function)(argument))
+        result = function_named(self.function)(argument)
+        if LEADS:
+            self.report(result)
 
     def modal_app(self) -> Any:
         """What `modal run` looks for in a run_*.py, with this command as its entry point; None without Modal."""

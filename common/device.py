@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ def pick_device(name: Device) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
     if kind == "cpu":
         _keep_freed_memory()
+    if kind == "cuda" and torch.distributed.is_torchelastic_launched():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # a GPU for each process
+        return torch.device(kind, torch.cuda.current_device())
     return torch.device(kind)
 
 

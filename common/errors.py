@@ -1,6 +1,7 @@
 """UserError, the exception for a user's mistake; lines on stderr; exit codes."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
@@ -8,6 +9,7 @@ from typing import NoReturn, ParamSpec
 from common.interrupt import Interrupted, listening
 
 P = ParamSpec("P")
+LEADS = os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 class UserError(Exception):
@@ -42,8 +44,9 @@ def warn(message: str) -> None:
 
 
 def say(message: str) -> None:
-    """One line on stderr, as progress."""
-    print(message, file=sys.stderr, flush=True)
+    """One line on stderr, as progress; of several processes that torchrun started, from the first alone."""
+    if LEADS:
+        print(message, file=sys.stderr, flush=True)
 
 
 def _die(message: str, code: int) -> NoReturn:

@@ -15,7 +15,7 @@ from typing import TypeVar
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS_BETWEEN_CHECKS = 0.2
 Result = TypeVar("Result")
-_state = {"signum": 0, "deferred": False}  # signals are the process's, so this is one for all
+_state = {"signum": 0, "deferred": False, "together": False}  # signals are the process's, so this is one for all
 
 
 class Interrupted(KeyboardInterrupt):
@@ -53,8 +53,25 @@ def deferred() -> Iterator[None]:
     check()
 
 
+@contextmanager
+def answered_together() -> Iterator[None]:
+    """Within, a signal waits for common.processes, whose processes stop at the same place."""
+    _state["together"] = True
+    try:
+        yield
+    finally:
+        _state["together"] = False
+
+
+def signal_that_came() -> int:
+    """Its number; 0 if none has come."""
+    return _state["signum"]
+
+
 def check() -> None:
     """Raise Interrupted if a signal has come, and this is the main thread."""
+    if _state["together"]:
+        return
     if (signum := _state["signum"]) and threading.current_thread() is threading.main_thread():
         raise Interrupted(signum)
 
@@ -69,5 +86,5 @@ def result_of(future: Future[Result]) -> Result:
 
 def _on_signal(signum: int, _: FrameType | None) -> None:
     first, _state["signum"] = not _state["signum"], signum
-    if not (first and _state["deferred"]):
+    if not _state["together"] and not (first and _state["deferred"]):
         raise Interrupted(signum)

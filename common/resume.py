@@ -16,6 +16,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.errors import UserError, say
 from common.interrupt import Interrupted, deferred
 from common.options import ResumableOptions, difference, identity
+from common.processes import ALONE, Processes
 from common.progress import METRICS_NAME, append_metrics, write_metrics
 
 LAST_NAME = "last.ckpt"
@@ -71,6 +72,7 @@ class LastCheckpoint:
         best: str,
         device: torch.device,
         on_saved: Callable[[], None] = lambda: None,
+        processes: Processes = ALONE,
     ) -> None:
         """Read the file if there is one, before anything is computed.
 
@@ -83,6 +85,7 @@ class LastCheckpoint:
                 one in the folder may come from a later epoch.
             device: of the training.
             on_saved: called after each saving.
+            processes: that train together; the first reads and writes.
 
         Raises:
             UserError: it cannot resume, and not --restart; likewise the methods below.
@@ -96,7 +99,8 @@ class LastCheckpoint:
         self.position = Position()
         self.start = self.saved = time.monotonic()
         self.content: dict[str, Any] | None = None  # of the file, until it is put back
-        if self.path.exists():
+        self.processes = processes
+        if processes.lead and self.path.exists():
             try:
                 self.content = load_checkpoint(self.path, KIND, KEYS, CURE)
             except UserError:
@@ -137,7 +141,7 @@ class LastCheckpoint:
             generators: that the batches draw from, besides torch's own.
         """
         self.parts, self.generators = parts, generators
-        content, self.content = self.content, None
+        content, self.content = self.processes.of_leader(self.content), None
         if content is not None:
             fresh = copy.deepcopy(self._state())
             try:
@@ -147,8 +151,9 @@ class LastCheckpoint:
                 if not self.config.restart:
                     raise UserError(f"{self.path} does not fit this version's training; {CURE}") from None
                 self._load_state(fresh)
-                self.best.unlink(missing_ok=True)
-        write_metrics(self.metrics_path, self.position.metrics)
+                if self.processes.lead:
+                    self.best.unlink(missing_ok=True)
+        self._write_metrics()
         return self.position
 
     def _put_back(self, content: dict[str, Any]) -> None:
@@ -156,10 +161,11 @@ class LastCheckpoint:
         position = Position(**content["position"])
         position.losses = [loss.to(self.device) for loss in position.losses]  # where the next ones will be
         elapsed_s = float(content["elapsed_s"])
-        self.best.unlink(missing_ok=True)
-        if (best := content["best"]) is not None:
-            with atomic_path(self.best) as temporary:
-                temporary.write_bytes(best.numpy().data)
+        if self.processes.lead:
+            self.best.unlink(missing_ok=True)
+            if (best := content["best"]) is not None:
+                with atomic_path(self.best) as temporary:
+                    temporary.write_bytes(best.numpy().data)
         self.position = position
         self.start -= elapsed_s
 
@@ -193,7 +199,8 @@ class LastCheckpoint:
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
         """An epoch is done: write its line, and save if that is due."""
-        append_metrics(self.metrics_path, metrics)
+        if self.processes.lead:
+            append_metrics(self.metrics_path, metrics)
         at = self.position
         at.metrics.append(metrics)
         at.epoch, at.batch, at.losses = at.epoch + 1, 0, []
@@ -201,7 +208,7 @@ class LastCheckpoint:
 
     def save_if_due(self) -> None:
         """Save if the last time is long enough ago."""
-        if time.monotonic() - self.saved >= self.config.checkpoint_seconds:
+        if self.processes.lead and time.monotonic() - self.saved >= self.config.checkpoint_seconds:
             self.save()
 
     def save(self) -> None:
@@ -233,8 +240,13 @@ class LastCheckpoint:
             try:
                 yield
             except Interrupted as stop:
-                self.save()
+                if self.processes.lead:
+                    self.save()
                 at = self.position
                 raise Interrupted(stop.signum, f"{self.path} has epoch {at.epoch}, batch {at.batch}") from None
             self.save_if_due()
+            self._write_metrics()
+
+    def _write_metrics(self) -> None:
+        if self.processes.lead:
             write_metrics(self.metrics_path, self.position.metrics)

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from common.device import describe_device, name_of_dtype, seeded_generator
 from common.early_stopping import EarlyStopping
 from common.errors import UserError
+from common.processes import ALONE, Processes
 from common.resume import LastCheckpoint
 from common.versions import versions
 from compress.config import CompressorConfig
@@ -27,11 +28,17 @@ def predict(model: FieldLevelCompressor, dataset: TileDataset, batch_size: int) 
 
 
 @torch.no_grad()
-def validation_loss(model: FieldLevelCompressor, dataset: TileDataset, batch_size: int) -> float:
+def validation_loss(
+    model: FieldLevelCompressor, dataset: TileDataset, batch_size: int, processes: Processes = ALONE
+) -> float:
     """The model's loss over all tiles, normalised units, in evaluation mode; UserError if it is not finite."""
     model.eval()
-    total = sum(model.loss(model(kappa), theta, reduction="sum") for kappa, theta in batches(dataset, batch_size))
-    loss = float(total) / (len(dataset) * model.loss.terms_per_tile)
+    mine = dataset.part(processes.share(len(dataset)))
+    total = torch.zeros((), device=dataset.device)
+    for kappa, theta in batches(mine, batch_size):
+        total += model.loss(model(kappa), theta, reduction="sum")
+    processes.mean([total])
+    loss = float(total) * processes.size / (len(dataset) * model.loss.terms_per_tile)
     if not math.isfinite(loss):
         raise UserError("the validation loss is not finite; try a lower --learning-rate or longer --warmup-steps")
     return loss

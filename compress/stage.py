@@ -1,6 +1,7 @@
 """Stage 1 from shards to result.json: read, train, evaluate, write."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from common.artifacts import COMPRESSOR_RUNS, make_empty_folder, named_folder, t
 from common.device import name_of_dtype, pick_device
 from common.errors import UserError, warn
 from common.lock import exclusive
+from common.processes import joined
 from common.results import write_result
 from common.resume import LastCheckpoint, refuse_finished_run
 from compress.config import CompressorConfig
@@ -40,21 +42,23 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
         UserError: bad input, a finished run of the same tag, or a loss that is not finite.
     """
     folder = Path(config.results_dir, COMPRESSOR_RUNS, config.run_tag)
-    with exclusive(folder):
-        refuse_finished_run(folder, RESULT_NAME, config.restart)
-        device = pick_device(config.device)
+    device = pick_device(config.device)
+    with joined(device) as processes, exclusive(folder) if processes.lead else nullcontext():
+        if processes.lead:
+            refuse_finished_run(folder, RESULT_NAME, config.restart)
         dtype = pick_precision(config.precision, device, config.backbone)
         if config.init_from and Path(config.init_from).resolve().parent == folder.resolve():
             raise UserError(f"--init-from {config.init_from} is in the folder that this run writes; give another --tag")
         pretrained = read_pretrained(config, device) if config.init_from else None
         fixed = {"precision": name_of_dtype(dtype), "init_from": pretrained.compressor.sha256 if pretrained else None}
-        last = LastCheckpoint(folder, config, fixed, CHECKPOINT_NAME, device, on_checkpoint)
+        last = LastCheckpoint(folder, config, fixed, CHECKPOINT_NAME, device, on_checkpoint, processes)
         data = read_tiles(config, device, dtype, norm_stats=pretrained.norm_stats if pretrained else None)
         data = pretrained.seen_with(data) if pretrained else data
-        if not last.can_resume(data.fingerprints):
-            make_empty_folder(folder)
-        write_manifest(folder, data.manifest)
-        write_norm_stats(folder, data.norm_stats)
+        if processes.lead:
+            if not last.can_resume(data.fingerprints):
+                make_empty_folder(folder)
+            write_manifest(folder, data.manifest)
+            write_norm_stats(folder, data.norm_stats)
 
         torch.manual_seed(config.seed)  # initial weights and stochastic depth; all else draws from generators
         shape = data.tiles.n_bins, len(data.params)
@@ -62,11 +66,14 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
         if pretrained:
             pretrained.give_weights(model)
         stopper = train(model, data, config, last)
-        evaluation = evaluate_compressor(config, data, stopper, last)
-        _write(evaluation, data, folder)
-        last.path.unlink(missing_ok=True)
-        on_checkpoint()
-    return evaluation.result
+        result: CompressorResult | None = None
+        if processes.lead:
+            evaluation = evaluate_compressor(config, data, stopper, last)
+            _write(evaluation, data, folder)
+            last.path.unlink(missing_ok=True)
+            on_checkpoint()
+            result = evaluation.result
+        return processes.of_leader(result)
 
 
 def read_tiles(

@@ -28,6 +28,10 @@ class Symmetries:
     roll_rows: torch.Tensor
     roll_cols: torch.Tensor
 
+    def __getitem__(self, some: slice) -> "Symmetries":
+        """Those of some tiles."""
+        return Symmetries(*(of_all[some] for of_all in vars(self).values()))
+
 
 def draw_symmetries(
     n_tiles: int, nside: int, generator: torch.Generator, *, turns: bool = True, rolls: bool = True

@@ -13,6 +13,7 @@ import torch
 from common.device import free_memory_of, name_of_dtype, to_device
 from common.errors import say, warn
 from common.interrupt import check
+from common.processes import ALONE, Processes
 from common.progress import Progress
 from data.augment import Symmetries, draw_symmetries, gather_augmented
 from data.config import TilesOn
@@ -60,6 +61,7 @@ class TileDataset:
         self.rows, self.keys = torch.from_numpy(rows), keys
         self.augment: torch.Generator | None = None
         self.theta_noise: tuple[float, torch.Generator] | None = None
+        self.processes = ALONE
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,11 +88,23 @@ class TileDataset:
         other.augment, other.theta_noise = generator, theta_noise
         return other
 
+    def shared(self, processes: Processes) -> TileDataset:
+        """The same tiles and draws; of a batch it gives this process's share."""
+        other = copy.copy(self)
+        other.processes = processes
+        return other
+
+    def part(self, some: slice) -> TileDataset:
+        """Some of the tiles in their order."""
+        other = copy.copy(self)
+        other.rows = self.rows[some]
+        return other
+
     def prefetch(self, positions: torch.Tensor) -> None:
         """Say which batch is asked for next."""
         first = self.source if self.augment is None or self.signal is None else self.signal
         if isinstance(first, TileStream):
-            first.prefetch(self.rows[positions])
+            first.prefetch(self.rows[positions[self.processes.share(len(positions))]])
 
     def __getitems__(self, positions: Sequence[int] | torch.Tensor) -> Batch:
         return next(self.in_parts(positions, len(positions)))
@@ -102,10 +116,12 @@ class TileDataset:
     def in_parts(self, positions: Sequence[int] | torch.Tensor, size: int) -> Iterator[Batch]:
         """A batch in parts of `size` tiles, which are the same as those of the whole batch."""
         rows = self.rows[torch.as_tensor(positions)]  # (B,)
-        views, theta = self._views(rows), self.theta[rows]  # (B, d)
+        mine = self.processes.share(len(rows))  # B' of them; what is drawn is drawn for all
+        views, theta = self._views(rows, mine), self.theta[rows]  # (B, d)
         if self.theta_noise is not None:
             sigma, generator = self.theta_noise
             theta = theta + sigma * torch.randn(theta.shape, generator=generator)
+        rows, theta = rows[mine], theta[mine]  # (B',), (B', d)
         *draws, theta = to_device([*(draw for _, draw in views), theta], self.device)
         for start in range(0, len(rows), size):
             some = slice(start, start + size)
@@ -115,17 +131,17 @@ class TileDataset:
                 kappa -= noise[1]
             yield kappa, theta[some]
 
-    def _views(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The tiles, and where noise is exchanged the other tiles with and without it."""
+    def _views(self, rows: torch.Tensor, mine: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Some of the tiles, and where noise is exchanged the other tiles with and without it."""
         if self.augment is None:
-            return [_view(self.source, rows)]
+            return [_view(self.source, rows[mine])]
         nside = self.source.shape[-1]
-        symmetries = draw_symmetries(len(rows), nside, self.augment)
+        symmetries = draw_symmetries(len(rows), nside, self.augment)[mine]
         if self.signal is None:
-            return [_view(self.source, rows, symmetries)]
-        others = self.rows[torch.randint(len(self.rows), (len(rows),), generator=self.augment)]  # (B,)
-        of_others = draw_symmetries(len(rows), nside, self.augment)
-        tiles = _view(self.signal, rows, symmetries)  # first, as prefetch has it
+            return [_view(self.source, rows[mine], symmetries)]
+        others = self.rows[torch.randint(len(self.rows), (len(rows),), generator=self.augment)][mine]  # (B',)
+        of_others = draw_symmetries(len(rows), nside, self.augment)[mine]
+        tiles = _view(self.signal, rows[mine], symmetries)  # first, as prefetch has it
         return [tiles, _view(self.source, others, of_others), _view(self.signal, others, of_others)]
 
 

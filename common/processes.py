@@ -1,0 +1,108 @@
+"""The processes that train one network together, as torchrun starts them; one, where it did not start any.
+
+All have the same options and make the same draws. The first, the leader, alone writes, talks and answers signals.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import UserError
+from common.interrupt import Interrupted, answered_together, signal_that_came
+
+LOST = "another process of this training has ended; the same command goes on from what was saved last"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many there are, and which this is."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def lead(self) -> bool:
+        """Whether this is the leader."""
+        return self.rank == 0
+
+    def share(self, n: int) -> slice:
+        """This process's part of n things in a row; parts differ by one at most."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def weight(self, n: int) -> float:
+        """What a mean over its share of n things counts in the mean over all processes, so that this is that of n."""
+        return len(range(n)[self.share(n)]) * self.size / n
+
+    def mean(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace tensors by their means over the processes."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
+                tensor /= self.size
+
+    def mean_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Its mean over the processes, without its gradient."""
+        tensor = tensor.detach().clone() if self.size > 1 else tensor
+        self.mean([tensor])
+        return tensor
+
+    def of_leader(self, thing: Any) -> Any:
+        """What the leader has, in all of them: plain values, and tensors on the CPU."""
+        if self.size == 1:
+            return thing
+        box = [thing]
+        distributed.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
+
+    def learner(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model as it is to be trained: its gradients are means over the processes.
+
+        BatchNorm normalises over all of them on GPUs. On CPUs, where PyTorch has no such layer, each normalises its
+        share of a batch.
+        """
+        if self.size == 1:
+            return model
+        if device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return DistributedDataParallel(model)
+
+    def check(self) -> None:
+        """Raise Interrupted in all of them if a signal has come to the leader; all must call it."""
+        if self.size > 1:
+            came = torch.tensor(signal_that_came())
+            distributed.broadcast(came, 0)
+            if came:
+                raise Interrupted(int(came))
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """Within, the processes that torchrun started can talk to each other.
+
+    Raises:
+        UserError: one of them has ended.
+    """
+    if not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+        yield ALONE
+        return
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        with answered_together():
+            yield Processes(distributed.get_rank(), distributed.get_world_size())
+    except distributed.DistError:
+        raise UserError(LOST) from None
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise UserError(LOST) from None
+    finally:
+        distributed.destroy_process_group()
