@@ -8,7 +8,7 @@ python run_sweep.py --lmax 200 --n-sims 100,200,400,791 --stage-2 "--calibration
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from common.artifacts import NONE
 from common.command import Command
@@ -16,11 +16,21 @@ from common.errors import UserError
 from npe.config import SweepConfig
 
 if TYPE_CHECKING:  # it needs torch, and --help does not
-    from npe.result import CurvePoint, LearningCurve, LearningCurves, SweepResult
+    from npe.result import CurvePoint, FomResult, LearningCurve, LearningCurves, SweepResult
 
 
-def report(result: SweepResult | LearningCurves) -> None:
+def report(result: SweepResult | LearningCurves | FomResult | list[str]) -> None:
     """What the user waited for."""
+    if isinstance(result, list):
+        print("\n".join(result))
+    elif hasattr(result, "points"):
+        report_curve(cast("SweepResult | LearningCurves", result))
+    else:
+        print(f"FoM {result.fom_fiducial_median:.0f}, {result.folder}; the command without --point makes the curve")
+
+
+def report_curve(result: SweepResult | LearningCurves) -> None:
+    """The table of a sweep, or what twice as many simulations would give."""
     if curve := getattr(result, "curve", []):
         print("FoM of (Omega_m, S8), and what nuisances leave of the bare one")
         print(

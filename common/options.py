@@ -12,6 +12,7 @@ import inspect
 import math
 import operator
 import re
+import shlex
 import sys
 import types
 import typing
@@ -137,6 +138,16 @@ def _shown(value: Any) -> str:
 def flag_of(name: str) -> str:
     """An option as the command line has it."""
     return "--" + name.replace("_", "-")
+
+
+def command_line(config: ResultsOptions) -> str:
+    """The options of a command as a shell has them, but those that have their default."""
+    words = []
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), flag_of(field.name)
+        if value != field.default:
+            words += [flag] if value is True else [flag, str(value)]
+    return shlex.join(words)
 
 
 def parse_args(config_class: type[Config], argv: list[str] | None = None, program: str | None = None) -> Config:

@@ -11,7 +11,7 @@ from typing import Any
 from common.artifacts import NONE
 from common.errors import UserError
 from common.machine import Device
-from common.options import Config, ResultsOptions, flag_of, option, parse_args
+from common.options import Config, ResultsOptions, command_line, flag_of, option, parse_args
 from compress.config import CompressorConfig, TrainingOptions
 from data.config import NoiseLevel, kind_of, kinds_of, nuisance_list, number_list
 from data.schema import NUISANCE
@@ -71,9 +71,15 @@ class SweepConfig(ResultsOptions):
         "name of the sweep; its runs are {name}_lmax{lmax}_seed{seed}, or {name}_lmax{lmax}_{nuisance}_seed{seed}",
         plain_name=True,
     )
+    dry_run: bool = option(False, "only print the command of every point, one a line")
+    point: int = option(
+        0, "run this point alone, from 1, as --dry-run numbers them (0: all, and the curve)", at_least=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.point > len(self.runs):
+            raise UserError(f"--point {self.point}: there are {len(self.runs)} points; --dry-run prints them")
         for run in self.runs:  # a senseless option is refused before anything is computed
             run.compressor()
             npe = run.npe("")
@@ -111,6 +117,18 @@ class SweepConfig(ResultsOptions):
     def runs(self) -> list[SweepRun]:
         """Those of all rounds."""
         return [run for runs in self.rounds for run in runs]
+
+    @property
+    def commands(self) -> list[str]:
+        """A command for every point; a line between two rounds says that the second needs the first."""
+        options = command_line(replace(self, dry_run=False))
+        lines: list[str] = []
+        number = 0
+        for runs in self.rounds:
+            lines += ["# when all of these have ended:"] if lines else []
+            lines += [f"python run_sweep.py {options} --point {number + k + 1}" for k in range(len(runs))]
+            number += len(runs)
+        return lines
 
 
 @dataclass(frozen=True)

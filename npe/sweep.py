@@ -46,8 +46,18 @@ CPU = torch.device("cpu")
 CURVE_NAME, LEARNING_CURVE_NAME = "fom_vs_lmax.json", "learning_curve.json"  # their pictures are *.png
 
 
-def run_sweep(config: SweepConfig, on_checkpoint: Callable[[], None] = lambda: None) -> SweepResult | LearningCurves:
-    """Every point, one after the other, and the curve; UserError if no point succeeded."""
+def run_sweep(
+    config: SweepConfig, on_checkpoint: Callable[[], None] = lambda: None
+) -> SweepResult | LearningCurves | FomResult | list[str]:
+    """Every point, one after the other, and the curve; or with --point one of them, with --dry-run its commands.
+
+    Raises:
+        UserError: no point succeeded.
+    """
+    if config.dry_run:
+        return config.commands
+    if config.point:
+        return both_stages(config.runs[config.point - 1], on_checkpoint)
     with exclusive(Path(config.results_dir, SWEEPS, config.name)):
         outcomes = []
         for number, run in enumerate(config.runs, 1):
@@ -62,32 +72,36 @@ def sweep_side_by_side(
     run_all: Callable[[str, Sequence[Any]], Iterator[FomResult | Exception]],
 ) -> SweepResult | LearningCurves:
     """The same, each point of a round in a container of its own (common/command.py has run_all)."""
+    if config.dry_run or config.point:
+        raise UserError("--dry-run and --point are for a cluster; on Modal all points run side by side without them")
     outcomes = [outcome for runs in config.rounds for outcome in run_all("npe.sweep.run_point", runs)]
     return _curve(config, outcomes, on_checkpoint)
 
 
 def run_point(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -> FomResult | Exception:
-    """Both stages of one point, or stage 2 alone: the result, or what went wrong.
-
-    What goes wrong does not stop the other points. A finished stage is kept, and an interrupted one resumes.
-    """
+    """The result of a point, or what went wrong, which does not stop the others."""
     try:
-        compressor, folder = run.compressor(), Path(run.sweep.results_dir, COMPRESSOR_RUNS, run.compressor_tag)
-        _refuse_early(run, compressor)
-        stage_1 = _read(_stage_1, folder / COMPRESSOR_RESULT_NAME, compressor.restart)
-        if stage_1 is None or not _is_kept(stage_1, compressor, compressor):
-            if run.stage_2_alone:  # its siblings would train the same one
-                raise UserError(f"it needs stage 1 of {run.compressor_tag}, which failed")
-            run_compressor(compressor, on_checkpoint)
-        npe, folder = run.npe(str(folder / CHECKPOINT_NAME)), Path(run.sweep.results_dir, NPE_RUNS, run.tag)
-        done = _read(read_fom_result, folder / RESULT_NAME, npe.restart)
-        if done and done.compressor.sha256 == sha256_of_file(Path(npe.ckpt)) and _is_kept(done, npe, compressor):
-            return done
-        # --restart, because the folder may hold a run of a compressor that stage 1 has replaced.
-        return run_npe(replace(npe, restart=True), on_checkpoint)
+        return both_stages(run, on_checkpoint)
     except Exception as error:
         say(f"error: {run.tag}: {_in_words(error)}")
         return error
+
+
+def both_stages(run: SweepRun, on_checkpoint: Callable[[], None] = lambda: None) -> FomResult:
+    """Both stages of one point, or stage 2 alone. A finished stage is kept, and an interrupted one resumes."""
+    compressor, folder = run.compressor(), Path(run.sweep.results_dir, COMPRESSOR_RUNS, run.compressor_tag)
+    _refuse_early(run, compressor)
+    stage_1 = _read(_stage_1, folder / COMPRESSOR_RESULT_NAME, compressor.restart)
+    if stage_1 is None or not _is_kept(stage_1, compressor, compressor):
+        if run.stage_2_alone:  # its siblings would train the same one
+            raise UserError(f"it needs stage 1 of {run.compressor_tag}, which has not finished or failed")
+        run_compressor(compressor, on_checkpoint)
+    npe, folder = run.npe(str(folder / CHECKPOINT_NAME)), Path(run.sweep.results_dir, NPE_RUNS, run.tag)
+    done = _read(read_fom_result, folder / RESULT_NAME, npe.restart)
+    if done and done.compressor.sha256 == sha256_of_file(Path(npe.ckpt)) and _is_kept(done, npe, compressor):
+        return done
+    # --restart, because the folder may hold a run of a compressor that stage 1 has replaced.
+    return run_npe(replace(npe, restart=True), on_checkpoint)
 
 
 def _refuse_early(run: SweepRun, compressor: CompressorConfig) -> None:

@@ -11,10 +11,10 @@ import torch
 from conftest import GUARD_S, ROOT
 from torch import nn
 
-from common.processes import Processes
-from compress.stage import run_compressor
 from common.options import parse_args
+from common.processes import Processes
 from compress.config import CompressorConfig
+from compress.stage import run_compressor
 
 TRAINING = ["--lmax", "32", "--noise-level", "noiseless", "--max-epochs", "3", "--batch-size", "20", "--device", "cpu"]
 TRAINING += ["--warmup-steps", "5", "--norm-tiles", "1000"]
@@ -32,7 +32,9 @@ class InHalves(nn.Module):
         return torch.cat([self.model(kappa[Processes(rank, 2).share(len(kappa))]) for rank in (0, 1)])
 
 
-@pytest.mark.parametrize("options", [["--backbone", "tiny"], ["--backbone", "tiny", "--loss", "nll", "--ema-decay", "0.9"]])
+@pytest.mark.parametrize(
+    "options", [["--backbone", "tiny"], ["--backbone", "tiny", "--loss", "nll", "--ema-decay", "0.9"]]
+)
 def test_two_processes_train_as_one_that_normalises_their_halves_apart(
     options: list[str], small_tiles_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
