@@ -42,25 +42,15 @@ def listening() -> Iterator[None]:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Within, the first signal waits for `check`; a second one does not."""
-    before = _state["deferred"]
-    _state["deferred"] = True
+def deferred(together: bool = False) -> Iterator[None]:
+    """Within, the first signal waits for `check`, a second one does not; together, all wait for common.processes."""
+    before = _state.copy()
+    _state.update(deferred=True, together=together)
     try:
         yield
     finally:
-        _state["deferred"] = before
+        _state.update(deferred=before["deferred"], together=before["together"])
     check()
-
-
-@contextmanager
-def answered_together() -> Iterator[None]:
-    """Within, a signal waits for common.processes, whose processes stop at the same place."""
-    _state["together"] = True
-    try:
-        yield
-    finally:
-        _state["together"] = False
 
 
 def signal_that_came() -> int:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
-from common.interrupt import Interrupted, answered_together, signal_that_came
+from common.interrupt import Interrupted, signal_that_came
 
+PATIENCE = timedelta(hours=6)  # with a leader that reads a suite or evaluates; one that ends is noticed at once
 LOST = "another process of this training has ended; the same command goes on from what was saved last"
 
 
@@ -60,6 +62,15 @@ class Processes:
         distributed.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
 
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """Within, the others begin when the leader has ended; what it wrote is then theirs, too."""
+        if not self.lead:
+            self.of_leader(None)
+        yield
+        if self.lead:
+            self.of_leader(None)
+
     def learner(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The model as it is to be trained: its gradients are means over the processes.
 
@@ -70,7 +81,12 @@ class Processes:
             return model
         if device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def draw_apart(self) -> None:
+        """Let each of them draw other numbers from torch's own generator, as layers that are dropped do."""
+        if self.rank:
+            torch.manual_seed(int(torch.randint(2**62, ())) + self.rank)
 
     def check(self) -> None:
         """Raise Interrupted in all of them if a signal has come to the leader; all must call it."""
@@ -94,10 +110,9 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        with answered_together():
-            yield Processes(distributed.get_rank(), distributed.get_world_size())
+        yield Processes(distributed.get_rank(), distributed.get_world_size())
     except distributed.DistError:
         raise UserError(LOST) from None
     except RuntimeError as error:

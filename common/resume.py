@@ -154,6 +154,7 @@ class LastCheckpoint:
                 if self.processes.lead:
                     self.best.unlink(missing_ok=True)
         self._write_metrics()
+        self.processes.draw_apart()
         return self.position
 
     def _put_back(self, content: dict[str, Any]) -> None:
@@ -236,7 +237,7 @@ class LastCheckpoint:
         At the end it saves if that is due, as what follows a training may be interrupted too, and writes metrics.jsonl
         whole, which has grown line by line.
         """
-        with deferred():
+        with deferred(together=self.processes.size > 1):
             try:
                 yield
             except Interrupted as stop:

@@ -27,6 +27,16 @@ def predict(model: FieldLevelCompressor, dataset: TileDataset, batch_size: int) 
     return torch.cat([model(kappa).cpu() for kappa, _ in batches(dataset, batch_size)])
 
 
+def validate(
+    model: FieldLevelCompressor, data: SplitTiles, config: CompressorConfig, processes: Processes = ALONE
+) -> float:
+    """The validation loss of a model whose BatchNorm gets the statistics that it will be used with."""
+    processes.mean(buffer for buffer in model.buffers() if buffer.is_floating_point())
+    if config.norm_tiles:
+        renew_batch_norm(model, data.compressor_train_ds, config)
+    return validation_loss(model, data.npe_train_ds, config.batch_size, processes)
+
+
 @torch.no_grad()
 def validation_loss(
     model: FieldLevelCompressor, dataset: TileDataset, batch_size: int, processes: Processes = ALONE

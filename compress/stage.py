@@ -52,7 +52,8 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
         pretrained = read_pretrained(config, device) if config.init_from else None
         fixed = {"precision": name_of_dtype(dtype), "init_from": pretrained.compressor.sha256 if pretrained else None}
         last = LastCheckpoint(folder, config, fixed, CHECKPOINT_NAME, device, on_checkpoint, processes)
-        data = read_tiles(config, device, dtype, norm_stats=pretrained.norm_stats if pretrained else None)
+        with processes.leader_first():  # which writes the cache that all of them map
+            data = read_tiles(config, device, dtype, norm_stats=pretrained.norm_stats if pretrained else None)
         data = pretrained.seen_with(data) if pretrained else data
         if processes.lead:
             if not last.can_resume(data.fingerprints):

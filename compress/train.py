@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.progress import Progress
 from common.resume import LastCheckpoint, Part, Position
 from compress.config import CompressorConfig
-from compress.evaluate import renew_batch_norm, validation_loss
+from compress.evaluate import validate
 from compress.model import FieldLevelCompressor, save_compressor
 from compress.schedule import ema_decay_at, lr_at
 from data.dataset import batch_positions, batches, first_bad_batch
@@ -27,25 +27,20 @@ def train(
 ) -> EarlyStopping:
     """Train; write best.ckpt, last.ckpt and metrics.jsonl; resume from last.ckpt if there is one."""
     processes = last.processes
-    learner = processes.learner(model, last.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    learner = processes.learner(model, last.device)  # the same weights, whose gradients are means over processes
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=decay, fused=True)
     average = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
     evaluated = model if average is None else average
     stopper = EarlyStopping(config.patience)
     augment, theta_noise = (seeded_generator(config.seed, f"compressor {name}") for name in ("augment", "theta noise"))
     train_ds = data.compressor_train_ds.augmented(augment, (config.theta_noise, theta_noise)).shared(processes)
-    batch_sizes = [len(batch) for batch in batch_positions(len(train_ds), config.batch_size, None)]
-    steps_per_epoch = len(batch_sizes)
-    learning_rate = _schedule(config, steps_per_epoch)
+    weights = [processes.weight(len(batch)) for batch in batch_positions(len(train_ds), config.batch_size, None)]
+    learning_rate, steps_per_epoch = _schedule(config, len(weights)), len(weights)
     parts: dict[str, Part] = {"model": model, "optimizer": optimizer, "stopper": stopper}
     parts |= {} if average is None else {"average": average}
     at = last.restore(parts, {"augment": augment, "theta noise": theta_noise})
     n_steps, step = config.max_epochs * steps_per_epoch, at.epoch * steps_per_epoch + at.batch
-
-    if processes.rank:
-        torch.manual_seed(config.seed + processes.rank)  # layers that are dropped differ from process to process
 
     with Progress("training the compressor", n_steps, "steps") as progress, last.saved_when_interrupted():
         progress.advance(step)
@@ -54,8 +49,7 @@ def train(
             model.train()
             for kappa, theta in batches(train_ds, config.batch_size, _shuffle(config, at.epoch), first=at.batch):
                 optimizer.param_groups[0]["lr"] = learning_rate(step)
-                processes.check()
-                loss = model.loss(learner(kappa), theta) * processes.weight(batch_sizes[at.batch])
+                loss = model.loss(learner(kappa), theta) * weights[at.batch]
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -65,12 +59,10 @@ def train(
                 at.next_batch(processes.mean_of(loss))
                 last.save_if_due()
                 progress.advance()
+                processes.check()
 
             train_loss = _finite_mean(at, data, config, last.best)
-            processes.mean(buffer for buffer in evaluated.buffers() if buffer.is_floating_point())
-            if config.norm_tiles:
-                renew_batch_norm(evaluated, data.compressor_train_ds, config)
-            val_loss = validation_loss(evaluated, data.npe_train_ds, config.batch_size, processes)
+            val_loss = validate(evaluated, data, config, processes)
             if stopper.update(val_loss, at.epoch) and processes.lead:
                 save_compressor(last.best, evaluated, config, data.provenance, at.epoch, val_loss)
             metrics = {"epoch": at.epoch, "train_loss": train_loss, f"val_{config.loss}": val_loss}
