@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal
 
-from common.errors import LEADS, UserError, exit_on_user_error
+from common.errors import UserError, exit_on_user_error, leads, n_processes
 from common.interrupt import listening
 from common.options import Config, ResultsOptions, flag_of, names_of, parse_args, with_signature_of
 from common.versions import COMMIT, COMMIT_VARIABLE
@@ -57,9 +57,11 @@ class Command(Generic[Config]):
     def main(self) -> None:
         """Run it here."""
         config = parse_args(self.config_class)
+        if n_processes() > 1 and not hasattr(config, "gpus"):
+            raise UserError(f"run_{self.name}.py is one process; start it with python, not with torchrun")
         argument = function_named(self.plan)(config) if self.plan else config
         result = function_named(self.function)(argument)
-        if LEADS:
+        if leads():
             self.report(result)
 
     def modal_app(self) -> Any:
@@ -76,7 +78,10 @@ class Command(Generic[Config]):
         if self.side_by_side:
             call = lead.spawn(self.side_by_side, argument, self.machine)
         else:
-            call = CONTAINERS[self.machine].spawn(self.function, argument)
+            gpus = getattr(argument, "gpus", 1)
+            container = CONTAINERS[self.machine]
+            container = container if gpus == 1 else container.with_options(gpu=f"{GPUS[0]}:{gpus}")
+            call = container.spawn(self.function, argument)
         self.report(raised(call.get()))
 
 
@@ -93,8 +98,21 @@ def in_container(function: str, argument: Any, *more: Any) -> Any:
         volume.reload()
         argument = on_volume(argument) if isinstance(argument, ResultsOptions) else argument
     try:
+        if (gpus := getattr(argument, "gpus", 1)) > 1:  # what they save the Volume commits by itself, every few seconds
+            from common.processes import start_together  # not before it is needed: it imports torch
+
+            return start_together(gpus, in_one_of_them, function, argument)
         with listening():  # a container that is taken away is told by SIGINT; the same input then comes again
             return function_named(function)(argument, volume.commit if mounted else lambda: None, *more)
+    except UserError as error:
+        return error
+
+
+def in_one_of_them(function: str, argument: Any) -> Any:
+    """As in_container, in each of several processes of a container."""
+    try:
+        with listening():
+            return function_named(function)(argument)
     except UserError as error:
         return error
 

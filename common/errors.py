@@ -9,11 +9,20 @@ from typing import NoReturn, ParamSpec
 from common.interrupt import Interrupted, listening
 
 P = ParamSpec("P")
-LEADS = os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 class UserError(Exception):
     """A user's mistake: its text is one line that names the file or option and the cure."""
+
+
+def n_processes() -> int:
+    """How many processes torchrun started for this command; 1 if it did not."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def leads() -> bool:
+    """Whether this process is the first of those, which alone talks."""
+    return n_processes() == 1 or os.environ["RANK"] == "0"
 
 
 def exit_on_user_error(command: Callable[P, None]) -> Callable[P, None]:
@@ -45,7 +54,7 @@ def warn(message: str) -> None:
 
 def say(message: str) -> None:
     """One line on stderr, as progress; of several processes that torchrun started, from the first alone."""
-    if LEADS:
+    if leads():
         print(message, file=sys.stderr, flush=True)
 
 

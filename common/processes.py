@@ -3,18 +3,19 @@
 All have the same options and make the same draws. The first, the leader, alone writes, talks and answers signals.
 """
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import distributed, nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import UserError
+from common.errors import UserError, n_processes
 from common.interrupt import Interrupted, signal_that_came
 
 PATIENCE = timedelta(hours=6)  # with a leader that reads a suite or evaluates; one that ends is noticed at once
@@ -107,7 +108,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
     Raises:
         UserError: one of them has ended.
     """
-    if not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    if n_processes() == 1:
         yield ALONE
         return
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -121,3 +122,9 @@ def joined(device: torch.device) -> Iterator[Processes]:
         raise UserError(LOST) from None
     finally:
         distributed.destroy_process_group()
+
+
+def start_together(n: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of a module in n processes, as torchrun starts them; returns what it returns in the leader."""
+    here = LaunchConfig(1, 1, n, run_id=uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    return elastic_launch(here, function)(*arguments)[0]

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.artifacts import atomic_path
-from common.errors import LEADS, say
+from common.errors import leads, say
 from common.interrupt import check
 
 METRICS_NAME = "metrics.jsonl"
@@ -26,7 +26,7 @@ class Progress:
         self.done, self.printed, self.note = 0, -1, ""
         self.start = self.last_line = time.monotonic()
         bar = {"total": total, "desc": description, "unit": f" {unit}", "dynamic_ncols": True}
-        self.bar = tqdm(**bar) if LEADS and sys.stderr.isatty() else None
+        self.bar = tqdm(**bar) if leads() and sys.stderr.isatty() else None
 
     def __enter__(self) -> Self:
         return self

@@ -44,6 +44,9 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
     folder = Path(config.results_dir, COMPRESSOR_RUNS, config.run_tag)
     device = pick_device(config.device)
     with joined(device) as processes, exclusive(folder) if processes.lead else nullcontext():
+        if config.gpus not in (1, processes.size):
+            cure = f"torchrun --standalone --nproc-per-node {config.gpus} run_compressor.py"
+            raise UserError(f"--gpus is for modal run; here start {cure} with the other options")
         if processes.lead:
             refuse_finished_run(folder, RESULT_NAME, config.restart)
         dtype = pick_precision(config.precision, device, config.backbone)

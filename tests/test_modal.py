@@ -127,6 +127,20 @@ def test_both_stages_run_inside_their_functions(small_suite: Path) -> None:
         command.raised(pickle.loads(pickle.dumps(again)))
 
 
+def test_several_gpus_of_a_container_train_one_network(small_tiles_dir: Path, tmp_path: Path) -> None:
+    config = CompressorConfig(
+        results_dir=str(tmp_path), tiles_dir=str(small_tiles_dir), lmax=SMALL_LMAX, noise_level="noiseless",
+        backbone="tiny", max_epochs=1, warmup_steps=10, device="cpu", gpus=2,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = command.on_gpu.local("compress.stage.run_compressor", config)
+        again = command.on_gpu.local("compress.stage.run_compressor", config)
+    assert isinstance(result, CompressorResult)
+    assert isinstance(again, UserError)
+    assert "add --restart" in str(again)
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -106,7 +106,8 @@ def test_two_processes_that_were_killed_and_stopped_go_on_as_one(
         metrics, two = tmp_path / RUNS / "two/metrics.jsonl", start_two([*options, "--tag", "two"])
         end = time.monotonic() + GUARD_S
         while not metrics.exists() or len(metrics.read_text().splitlines()) < epoch:
-            assert two.poll() is None and time.monotonic() < end
+            assert two.poll() is None, two.communicate()[1]
+            assert time.monotonic() < end
             time.sleep(0.02)
         return two
 

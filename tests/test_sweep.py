@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -66,6 +67,33 @@ def test_a_sweep_draws_its_curve_skips_what_is_finished_and_survives_a_failed_po
     code, _, err = run_command("run_sweep.py", *options[:-1], STAGE_2.replace("3", "4"))
     assert code == 2
     assert "--max-epochs 3 there, 4 here" in err
+
+
+def test_a_cluster_runs_the_points_one_by_one_and_the_last_command_draws_the_curve(
+    tmp_path: Path, run_command: Callable
+) -> None:
+    build_suite(MockConfig(results_dir=str(tmp_path), **SMALL_SUITE))
+    options = ["--results-dir", tmp_path, "--lmax", SMALL_LMAX, "--seeds", 3, "--noise-level", "noiseless"]
+    options += ["--stage-1", STAGE_1, "--stage-2", STAGE_2]
+    code, out, _ = run_command("run_sweep.py", *options, "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "field_compressor_runs").exists()
+    commands = [shlex.split(line) for line in out.splitlines()]
+    assert len(commands) == 3
+    for python, *command in commands:
+        assert python == "python"
+        assert run_command(*command)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*result.json")}
+    assert len(before) == 6
+    code, out, err = run_command("run_sweep.py", *options)
+    assert code == 0, err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    curve = json.loads((tmp_path / "sweeps/sweep/fom_vs_lmax.json").read_text())["curve"]
+    assert curve[0]["n_seeds"] == 3
+
+    code, _, err = run_command("run_sweep.py", *options, "--point", 4)
+    assert code == 2
+    assert "there are 3 points" in err
 
 
 def test_a_learning_curve_trains_every_point_once_and_says_what_twice_as_many_would_give(
