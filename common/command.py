@@ -160,7 +160,7 @@ if modal is not None:
     volume = modal.Volume.from_name(VOLUME_NAME, create_if_missing=True)
     image = (
         modal.Image.debian_slim(python_version="3.11")
-        .uv_pip_install(requirements=[str(ROOT / "requirements.txt")])
+        .uv_pip_install(requirements=[str(ROOT / f"requirements{more}.txt") for more in ("", "-tensorboard")])
         # Last, so that an edit of the code rebuilds nothing. Everything but caches: not all that it needs is Python.
         .add_local_python_source("common", "data", "compress", "npe", ignore=["**/__pycache__/**"])
     )

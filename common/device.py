@@ -57,6 +57,15 @@ def precision_of(name: str) -> Precision:
     return next(option for option, dtype in DTYPES.items() if name_of_dtype(dtype) == name)
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError if torch.compile cannot build for this device, as where there is no C++ compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"--compile does not work here ({why}); install a C++ compiler, or leave it out") from None
+
+
 def free_memory_of(device: torch.device) -> int:
     """Bytes that may still be taken there."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()

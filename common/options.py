@@ -92,6 +92,7 @@ class ResumableOptions(SeedOptions):
     """Options of a training, which resumes where it was interrupted."""
 
     checkpoint_seconds: float = option(60.0, "seconds between savings of last.ckpt", may_change=True, at_least=0)
+    tensorboard: bool = option(False, "write curves, pictures and options for TensorBoard as well", may_change=True)
 
 
 Config = TypeVar("Config", bound=ResultsOptions)

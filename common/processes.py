@@ -72,17 +72,18 @@ class Processes:
         if self.lead:
             self.of_leader(None)
 
-    def learner(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def learner(self, model: nn.Module, device: torch.device, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
         """The model as it is to be trained: its gradients are means over the processes.
 
         BatchNorm normalises over all of them on GPUs. On CPUs, where PyTorch has no such layer, each normalises its
         share of a batch.
         """
-        if self.size == 1:
-            return model
-        if device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        learner = model
+        if self.size > 1:
+            if device.type == "cuda":
+                nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            learner = DistributedDataParallel(model, broadcast_buffers=False)
+        return torch.compile(learner) if compiled else learner
 
     def draw_apart(self) -> None:
         """Let each of them draw other numbers from torch's own generator, as layers that are dropped do."""

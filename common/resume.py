@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from common.artifacts import atomic_path
+from common.board import Board
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.errors import UserError, say
 from common.interrupt import Interrupted, deferred
@@ -100,6 +101,7 @@ class LastCheckpoint:
         self.start = self.saved = time.monotonic()
         self.content: dict[str, Any] | None = None  # of the file, until it is put back
         self.processes = processes
+        self.board = Board(folder, config.tensorboard and processes.lead)
         if processes.lead and self.path.exists():
             try:
                 self.content = load_checkpoint(self.path, KIND, KEYS, CURE)
@@ -154,6 +156,7 @@ class LastCheckpoint:
                 if self.processes.lead:
                     self.best.unlink(missing_ok=True)
         self._write_metrics()
+        self.board.begin(self.position.metrics)
         self.processes.draw_apart()
         return self.position
 
@@ -202,6 +205,7 @@ class LastCheckpoint:
         """An epoch is done: write its line, and save if that is due."""
         if self.processes.lead:
             append_metrics(self.metrics_path, metrics)
+        self.board.add(metrics)
         at = self.position
         at.metrics.append(metrics)
         at.epoch, at.batch, at.losses = at.epoch + 1, 0, []

@@ -71,6 +71,7 @@ class CompressorConfig(SplitOptions, TrainingOptions):
         0, "training tiles, not augmented, for BatchNorm statistics at each validation (0: running ones)", at_least=0
     )
     theta_noise: float = option(0.005, "Gaussian noise on the normalised theta while training", at_least=0)
+    compile: bool = option(False, "torch.compile: a faster step after a slow start; needs a C++ compiler")
     gpus: int = option(1, "on Modal, GPUs of one container; elsewhere torchrun has them", may_change=True, above=0)
     tag: str = option(
         "", "name of the run (default: loss, lmax, noise level, backbone, more)", may_change=True, plain_name=True

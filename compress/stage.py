@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from common.artifacts import COMPRESSOR_RUNS, make_empty_folder, named_folder, tiles_folder
-from common.device import name_of_dtype, pick_device
+from common.board import Board
+from common.device import check_compiler, name_of_dtype, pick_device
 from common.errors import UserError, warn
 from common.lock import exclusive
-from common.processes import joined
+from common.processes import Processes, joined
 from common.results import write_result
 from common.resume import LastCheckpoint, refuse_finished_run
 from compress.config import CompressorConfig
@@ -44,14 +45,8 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
     folder = Path(config.results_dir, COMPRESSOR_RUNS, config.run_tag)
     device = pick_device(config.device)
     with joined(device) as processes, exclusive(folder) if processes.lead else nullcontext():
-        if config.gpus not in (1, processes.size):
-            cure = f"torchrun --standalone --nproc-per-node {config.gpus} run_compressor.py"
-            raise UserError(f"--gpus is for modal run; here start {cure} with the other options")
-        if processes.lead:
-            refuse_finished_run(folder, RESULT_NAME, config.restart)
+        _refuse_early(config, folder, device, processes)
         dtype = pick_precision(config.precision, device, config.backbone)
-        if config.init_from and Path(config.init_from).resolve().parent == folder.resolve():
-            raise UserError(f"--init-from {config.init_from} is in the folder that this run writes; give another --tag")
         pretrained = read_pretrained(config, device) if config.init_from else None
         fixed = {"precision": name_of_dtype(dtype), "init_from": pretrained.compressor.sha256 if pretrained else None}
         last = LastCheckpoint(folder, config, fixed, CHECKPOINT_NAME, device, on_checkpoint, processes)
@@ -73,11 +68,26 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
         result: CompressorResult | None = None
         if processes.lead:
             evaluation = evaluate_compressor(config, data, stopper, last)
-            _write(evaluation, data, folder)
+            _write(evaluation, data, folder, last.board)
             last.path.unlink(missing_ok=True)
             on_checkpoint()
             result = evaluation.result
         return processes.of_leader(result)
+
+
+def _refuse_early(config: CompressorConfig, folder: Path, device: torch.device, processes: Processes) -> None:
+    """Raise UserError for what would end the run later, or make it another than the user meant."""
+    if processes.lead:
+        refuse_finished_run(folder, RESULT_NAME, config.restart)
+    if config.gpus not in (1, processes.size):
+        cure = f"torchrun --standalone --nproc-per-node {config.gpus} run_compressor.py"
+        raise UserError(f"--gpus is for modal run; here start {cure} with the other options")
+    if config.batch_size < 2 * processes.size:
+        raise UserError(f"--batch-size {config.batch_size} is less than two tiles for each process; give more")
+    if config.init_from and Path(config.init_from).resolve().parent == folder.resolve():
+        raise UserError(f"--init-from {config.init_from} is in the folder that this run writes; give another --tag")
+    if config.compile:
+        check_compiler(device)
 
 
 def read_tiles(
@@ -111,7 +121,7 @@ def read_tiles(
     return data
 
 
-def _write(evaluation: CompressorEvaluation, data: SplitTiles, folder: Path) -> None:
+def _write(evaluation: CompressorEvaluation, data: SplitTiles, folder: Path, board: Board) -> None:
     """Pictures, then result.json: where it stands, the run is finished."""
     result, predicted = evaluation.result, evaluation.predicted
     loss = result.config["loss"]
@@ -124,4 +134,5 @@ def _write(evaluation: CompressorEvaluation, data: SplitTiles, folder: Path) -> 
         "validation": (data.npe_train_ds, predicted["val"]),
     }
     draw_predictions(splits, data.params, data.norm_stats, folder / "predicted_vs_true.png")
+    board.end(result.config, {"val_mse": result.val_mse, "test_mse": result.test_mse})
     write_result(folder / RESULT_NAME, result)

@@ -27,7 +27,7 @@ def train(
 ) -> EarlyStopping:
     """Train; write best.ckpt, last.ckpt and metrics.jsonl; resume from last.ckpt if there is one."""
     processes = last.processes
-    learner = processes.learner(model, last.device)  # the same weights, whose gradients are means over processes
+    learner = processes.learner(model, last.device, config.compile)  # the same weights, with means of their gradients
     decay = config.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=decay, fused=True)
     average = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from common.artifacts import COMPRESSOR_RUNS, NPE_RUNS, make_empty_folder, named_folder
+from common.board import Board
 from common.device import name_of_dtype, pick_device, seeded_generator
 from common.errors import UserError, warn
 from common.lock import exclusive
@@ -61,7 +62,7 @@ def run_npe(config: NPEConfig, on_checkpoint: Callable[[], None] = lambda: None)
         compressed = CompressedTileDataModule(data, compressor.model, augment)
         members = train(compressed, config, last)
         result, d2 = evaluate_npe(NPERun(config, compressor, data, compressed, fresh, last), members)
-        _write(result, d2, data, folder, Path(config.ckpt).parent)
+        _write(result, d2, data, folder, last.board)
         last.path.unlink(missing_ok=True)
         on_checkpoint()
     return result
@@ -169,7 +170,7 @@ def check_calibration_tiles(fresh: Tiles, folder: Path, tiles: Tiles, tiles_dir:
         raise UserError(f"{where} was made with other --nuisance-priors than {tiles_dir}; give tiles with the same")
 
 
-def _write(result: FomResult, d2: np.ndarray, data: SplitTiles, folder: Path, compressor_run: Path) -> None:
+def _write(result: FomResult, d2: np.ndarray, data: SplitTiles, folder: Path, board: Board) -> None:
     """Pictures and report, then fom_result.json: a run that has it is finished."""
     draw_fom(result, folder / "fom.png")
     draw_calibration(result.calibration, d2, folder / "calibration.png")
@@ -177,5 +178,6 @@ def _write(result: FomResult, d2: np.ndarray, data: SplitTiles, folder: Path, co
     title = "Gaussian NPE: negative log-likelihood of normalised theta"
     draw_loss_curves(folder, title, curves, result.npe.best_epoch)
     draw_tiles(data, folder / "tiles.png")
-    write_report(result, folder, compressor_run)
+    write_report(result, folder, Path(result.config["ckpt"]).parent)
+    board.end(result.config, {"fom_fiducial_median": result.fom_fiducial_median, "test_nll": result.npe.best_test_nll})
     write_result(folder / RESULT_NAME, result)

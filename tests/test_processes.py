@@ -55,7 +55,7 @@ def start_two(options: list[str]) -> subprocess.Popen[str]:
 def train_in_halves(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What two processes do, in this one."""
     with monkeypatch.context() as patch:
-        patch.setattr(Processes, "learner", lambda self, model, device: InHalves(model))
+        patch.setattr(Processes, "learner", lambda self, model, *_: InHalves(model))
         run_compressor(parse_args(CompressorConfig, options))
 
 
