@@ -59,6 +59,7 @@ ONLY_PARSED = {
     r"^modal ": "needs an account; tests/test_modal.py runs the same functions",
     r"^make ": "takes minutes to an hour, and installs; the target exists",
     r"sbatch|srun": "needs a cluster",
+    r"torchrun": "needs GPUs; tests/test_processes.py has two processes",
     r"run_fetch\.py": "needs the network; tests/test_fetch.py has a hub of its own",
     r"run_ingest\.py": "needs simulations; tests/test_ingest.py makes some",
     r"results/gower_street": "needs the published tiles, 3.85 GB",
