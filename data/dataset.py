@@ -205,10 +205,14 @@ def _gb(n_bytes: int) -> str:
 def _on_device(kappa: np.ndarray, norm_stats: NormStats, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     n, n_bins, nside, _ = kappa.shape
     store = torch.empty((n, nside, nside, n_bins), dtype=dtype, device=device).permute(0, 3, 1, 2)  # (n, bins, N, N)
+    in_place = device.type == "cpu" and dtype == torch.float32
     with Progress("loading tiles", n, "tiles") as progress:
         for start in range(0, n, LOADED_AT_A_TIME):
             some = slice(start, start + LOADED_AT_A_TIME)
-            store[some] = torch.from_numpy(norm_stats.normalise_tiles(kappa[some])).to(device)
+            if in_place:
+                norm_stats.normalise_tiles(kappa[some], out=store[some].numpy())
+            else:
+                store[some] = torch.from_numpy(norm_stats.normalise_tiles(kappa[some])).to(device)
             progress.advance(len(store[some]))
     return store
 

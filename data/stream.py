@@ -28,7 +28,10 @@ class TileStream:
         return kappa.to(self.device, non_blocking=kappa.is_pinned())
 
     def _read(self, rows: torch.Tensor) -> torch.Tensor:
-        # take() copies without the interpreter's lock: the main thread works on while pages come from the disk.
-        pixels = np.take(self.kappa.transpose(0, 2, 3, 1), rows.numpy(), axis=0)  # (B, N, N, bins)
-        kappa = torch.from_numpy(self.norm_stats.normalise_tiles(pixels.transpose(0, 3, 1, 2))).to(self.dtype)
+        n_bins, nside = self.shape[1:3]
+        kappa = torch.empty(len(rows), nside, nside, n_bins).permute(0, 3, 1, 2)  # (B, bins, N, N), channels_last
+        for tile, row in zip(kappa.split(1), rows.tolist(), strict=True):
+            # numpy does this without the interpreter's lock: the main thread works on while pages come from the disk.
+            self.norm_stats.normalise_tiles(self.kappa[row : row + 1], out=tile.numpy())
+        kappa = kappa.to(self.dtype)
         return kappa.pin_memory() if self.device.type == "cuda" else kappa  # (B, bins, N, N)
