@@ -48,6 +48,6 @@ clean:
 	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-tensorboard.txt .venv/installed
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@

@@ -52,5 +52,6 @@ class Board:
         if self.writer is not None:
             for picture in sorted(self.folder.parent.glob("*.png")):
                 self.writer.add_image(picture.stem, imread(picture), dataformats="HWC")  # (height, width, RGBA)
-            self.writer.add_hparams(dict(options), dict(found), run_name=".")
+            results = {f"result/{name}": value for name, value in found.items()}  # a curve has the plain name
+            self.writer.add_hparams(dict(options), results, run_name=".")
             self.writer.close()
