@@ -10,7 +10,7 @@ import torch
 from common.artifacts import COMPRESSOR_RUNS, make_empty_folder, named_folder, tiles_folder
 from common.board import Board
 from common.device import check_compiler, name_of_dtype, pick_device
-from common.errors import UserError, warn
+from common.errors import UserError, n_processes, warn
 from common.lock import exclusive
 from common.processes import Processes, joined
 from common.results import write_result
@@ -99,6 +99,7 @@ def read_tiles(
 ) -> SplitTiles:
     """The tiles of a run, split and normalised anew or as given, after a look at what is wrong with them."""
     nside, training = nside_of(config.lmax, config.nside), manifest is None
+    batch_size = -(-config.batch_size // n_processes())  # of one of them
     noiseless = config.noiseless_tiles
     data = TileDataModule(
         tiles_folder(config.tiles_dir, config.results_dir, config.lmax, config.noise_level, config.nuisance),
@@ -107,7 +108,7 @@ def read_tiles(
         device=device,
         dtype=dtype,
         tiles_on=config.tiles_on,
-        reserve=partial(bytes_of_a_step, config.backbone, dtype, config.batch_size, nside, training=training),
+        reserve=partial(bytes_of_a_step, config.backbone, dtype, batch_size, nside, training=training),
         noiseless_dir=named_folder(noiseless, config.lmax, config.noise_level, config.nuisance) if noiseless else None,
         manifest=manifest,
         norm_stats=norm_stats,

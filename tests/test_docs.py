@@ -65,6 +65,8 @@ ONLY_PARSED = {
     r"results/gower_street": "needs the published tiles, 3.85 GB",
     r"my_priors\.txt": "needs the user's table; tests/test_nuisance.py has its own",
     r"efficientnet_v2_s": "needs a GPU, or days",
+    r"^pip install": "installs",
+    r"^tensorboard": "serves pages until it is stopped; tests/test_board.py reads what it shows",
     r"^python -m pytest": "is a test itself",
     r"^grep ": "only looks",
 }
