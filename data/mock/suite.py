@@ -21,11 +21,12 @@ from data.mock.shift import N_Z, Z_MAX
 from data.mock.simulation import Simulation
 from data.mock.theory import theory_cl
 from data.nuisance import Prior, check_shifts, described, draw, priors_of, read_priors
-from data.schema import SIMS_PER_SHARD, TILES_PER_SIM, nside_of
+from data.schema import TILES_PER_SIM, nside_of
 from data.suite_folder import describe, finish_suite, finished_shards
 from data.workers import as_yielded, worker_pool
 
 FRESH_SEED_OFFSET = 1_000_000_007  # far from any seed that a user would give
+SIMS_PER_SHARD = 10  # a shard is made by one worker: small enough that many have work, large enough to be a file
 DESCRIBED = ("lmax", "nside", "noise_level", "n_sims", "field", "vary", "seed", "fresh", "fiducial_sim_id")
 
 
@@ -58,8 +59,8 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
     jobs, priors = _jobs(config)
     # So that shards of an earlier version, whose shift was one for all cosmologies, are not mixed with these.
     shift = {"lognormal_shift": "of each cosmology"} if config.field == "lognormal" else {}
-    varied = described(config.nuisance, priors)
-    description = describe(config.geometry, {name: getattr(config, name) for name in DESCRIBED} | shift | varied)
+    said = {name: getattr(config, name) for name in DESCRIBED} | {"sims_per_shard": SIMS_PER_SHARD} | shift
+    description = describe(config.geometry, said | described(config.nuisance, priors))
     with exclusive(folder):
         finished = finished_shards(folder, description, config.restart)
         batches = [jobs[first : first + SIMS_PER_SHARD] for first in range(0, len(jobs), SIMS_PER_SHARD)]
