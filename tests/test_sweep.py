@@ -125,7 +125,7 @@ def test_a_learning_curve_trains_every_point_once_and_says_what_twice_as_many_wo
 
     name = f"sweep_lmax{SMALL_LMAX}_seed42"
     config = parse_args(SweepConfig, [*map(str, options), "--n-sims", "12,20,40,60"])
-    assert f"it needs stage 1 of {name}_n60, which failed" in str(run_point(config.rounds[1][0]))
+    assert f"it needs stage 1 of {name}_n60, which has not finished or failed" in str(run_point(config.rounds[1][0]))
 
     out, result = sweep(12, 20, 40, 60)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*result.json")}
