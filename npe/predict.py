@@ -26,6 +26,7 @@ from npe.pictures import draw_predictions
 from npe.result import FomResult, Recalibrated, read_fom_result
 
 BATCH_SIZE = 128
+LARGEST_CONDITION = 1e6  # of a Cholesky factor: its square is that of the covariance, and float64 has 16 digits
 ORDINARY = "ordinary"
 
 
@@ -157,10 +158,15 @@ def _answer(run: _FinishedRun, tiles: SingleTiles) -> tuple[Posterior, dict[str,
 
 @torch.no_grad()
 def _refuse_without_posterior(npe: GaussianNPE, summary: torch.Tensor, names: tuple[str, ...]) -> None:
-    """Raise UserError for a summary (n, d) so far from all others that the network's exponentials leave float32."""
-    mu, factor = npe(summary)  # (n, d), (n, d, d)
+    """Raise UserError for a summary (n, d) so far from all others that the network gives no Gaussian for it.
+
+    Its exponentials leave float32, or the covariance is no longer positive definite in the arithmetic of float64.
+    """
+    mu, factor = (t.cpu().double() for t in npe(summary))  # (n, d), (n, d, d)
     good = mu.isfinite().all(dim=1) & factor.isfinite().all(dim=(1, 2))
     good &= (factor.diagonal(dim1=1, dim2=2) > 0).all(dim=1)  # (n,)
+    sound = torch.where(good[:, None, None], factor, torch.eye(factor.shape[-1], dtype=factor.dtype))  # (n, d, d)
+    good &= torch.linalg.cond(sound) < LARGEST_CONDITION
     if not good.all():
         far = (
             f"tile {names[int(good.int().argmin())]} is so unlike what the network learnt from that it has no posterior"

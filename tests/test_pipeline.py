@@ -384,7 +384,7 @@ def test_averaged_weights_are_the_stated_recursion_and_leave_the_training_alone(
         evaluated.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return 1 / len(evaluated)  # ever better
 
-    monkeypatch.setattr("compress.train.validation_loss", remember)
+    monkeypatch.setattr("compress.train.validate", remember)
     for decay in (0, 0.2):  # one step an epoch
         options = ["--max-epochs", 4, "--batch-size", 10_000, "--ema-decay", decay, "--tag", f"decay_{decay}"]
         code, _, err = run_command("run_compressor.py", "--results-dir", tmp_path, *STAGE_1, *options)
