@@ -1,6 +1,6 @@
 """All timings in one table: `make bench` (50 simulations) or `make bench-full` (791).
 
-Runs train_step, npe_epoch, reading, streaming and mock_suite one after the other, prints one table, and writes
+Runs the scripts of QUICK one after the other, prints one table, and writes
 bench.json with hardware and versions. Nothing else should run at the same time.
 """
 
@@ -21,6 +21,7 @@ from common.device import pick_device
 QUICK = {
     "train_step": [],
     "npe_epoch": [],
+    "several_processes": [],
     "reading": ["--n-sims", "50"],
     "streaming": ["--n-sims", "20"],
     "mock_suite": ["--n-sims", "50"],

@@ -38,7 +38,7 @@ from npe.train import train
 
 N_TRAIN, N_VAL, NSIDE = 2370, 64, 128  # a small test split: it is compressed once a run and not once an epoch
 EPOCHS = 2
-CONFIG = NPEConfig(ckpt="", max_epochs=EPOCHS, checkpoint_seconds=float("inf"))
+CONFIG = NPEConfig(ckpt="", max_epochs=EPOCHS, checkpoint_seconds=1e9)
 CASES: dict[Backbone, tuple[int, int]] = {"tiny": (N_TRAIN, 240), "efficientnet_b0": (512, 64)}  # tiles, one by one
 
 

@@ -51,7 +51,7 @@ def per_tile(n_threads: int) -> float:
         batch_size=CASE.batch_size,
         warmup_steps=10,
         norm_tiles=0,
-        checkpoint_seconds=float("inf"),
+        checkpoint_seconds=1e9,
     )
     with tempfile.TemporaryDirectory() as folder, patch("compress.train.save_compressor"), joined(CPU) as processes:
         torch.manual_seed(0)

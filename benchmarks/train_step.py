@@ -136,7 +136,7 @@ class Epochs:
             warmup_steps=10,
             norm_tiles=0,  # the limit has no such passes
             precision=self.precision,
-            checkpoint_seconds=float("inf"),
+            checkpoint_seconds=1e9,
         )
         data: Any = SimpleNamespace(compressor_train_ds=self.train_ds, npe_train_ds=self.val_ds, provenance={})
         with tempfile.TemporaryDirectory() as folder, patch("compress.train.save_compressor"):
