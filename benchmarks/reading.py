@@ -26,10 +26,10 @@ import torch
 
 from benchmarks.measure import ROUNDS, Row, in_turns, report
 from data.mock.nz import N_BINS
-from data.schema import KEY_NAMES, PARAM_NAMES, TILES_PER_SIM, s8_of, tile_keys
+from data.schema import KEY_NAMES, PARAM_NAMES, SIMS_PER_SHARD, TILES_PER_SIM, s8_of, tile_keys
 
 NSIDE, LMAX, LEVEL = 128, 200, "des_y3"
-SIMS_PER_SHARD, ROWS_PER_GROUP = 50, 190
+ROWS_PER_GROUP = 190
 PRELUDE = """
 import sys, time
 from pathlib import Path

@@ -61,18 +61,13 @@ def make_empty_folder(folder: Path) -> None:
         raise CannotWriteError(folder, error) from None
 
 
-def temporary_of(path: Path) -> Path:
-    """Where a file is written until it is whole; a process that was killed leaves it."""
-    return path.with_name(path.name + ".tmp")
-
-
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; on success it is synced and takes the name `path`.
 
     If the disk is full, read-only or gone, it raises UserError, and the file of before is still there.
     """
-    temporary = temporary_of(path)
+    temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

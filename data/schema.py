@@ -28,6 +28,7 @@ PARAM_NAMES = tuple(LABELS)  # the order of their columns everywhere
 NUISANCE = re.compile(r"(A|eta)_IA|(dz|m)_[1-9]\d*")
 A_IA = "A_IA"  # amplitude of the alignments
 FOM_PARAMS = ("Omega_m", "S8")  # the Figure of Merit is always of these two
+SIMS_PER_SHARD = 50  # as in the published shards
 
 # nside of the published tiles (EiffL/GowerStreetDESY3); 600 is coarser than the rule in nside_of.
 LMAX_TO_NSIDE = {200: 128, 400: 256, 600: 256, 800: 512, 1000: 512}

@@ -5,7 +5,6 @@ result, the parent's recv ends. In concurrent.futures and in joblib's loky, all 
 keeps open too; it then waits forever for the rest of the result.
 """
 
-import inspect
 import multiprocessing
 import os
 import pickle
@@ -15,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -23,7 +22,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from common.errors import UserError
-from common.interrupt import SECONDS_BETWEEN_CHECKS, SIGNALS, check, deferred, result_of
+from common.interrupt import SIGNALS, deferred, result_of
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -52,23 +51,15 @@ class WorkerPool:
         except OSError as error:
             raise UserError(f"cannot start {self.n_workers} processes ({error.strerror}); lower --workers") from None
 
-    def submit(
-        self, function: Callable[[Job], Any], job: Job, on_yield: Callable[[Any], None] = lambda yielded: None
-    ) -> Future[Any]:
-        """Have a process call a module's function; the future holds what it returns or raises.
+    def submit(self, function: Callable[[Job], Result], job: Job) -> Future[Result]:
+        """Have a process call a module's function; the future holds what it returns or raises."""
+        return self._threads.submit(self._call, function, job)
 
-        What a generator yields goes to on_yield at once, in a thread of the pool.
-        """
-        return self._threads.submit(self._call, function, job, on_yield)
-
-    def _call(self, function: Callable[[Job], Any], job: Job, on_yield: Callable[[Any], None]) -> Any:
+    def _call(self, function: Callable[[Job], Result], job: Job) -> Result:
         pipe = self._idle.get()
         try:
             pipe.send((function, job))
-            result, error, more = pipe.recv()
-            while more:
-                on_yield(result)
-                result, error, more = pipe.recv()
+            result, error = pipe.recv()
         except (EOFError, OSError):
             raise UserError("a worker process died (out of memory?); lower --workers to resume from here") from None
         finally:
@@ -120,8 +111,7 @@ def _serve(pipe: Connection) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):
         while True:
-            for answer in _answers(*pipe.recv()):
-                pipe.send_bytes(answer)
+            pipe.send_bytes(_answer(*pipe.recv()))
 
 
 def _exit_with_parent() -> None:
@@ -129,20 +119,14 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _answers(function: Callable[[Job], Any], job: Job) -> Iterator[bytes]:
-    """What the function returns or yields, what it raises, and whether more will come, pickled."""
+def _answer(function: Callable[[Job], Result], job: Job) -> bytes:
+    """What the function returns and None, or None and what it raises, pickled."""
     try:
-        result = None
-        if inspect.isgeneratorfunction(function):
-            for yielded in function(job):
-                yield pickle.dumps((yielded, None, True))
-        else:
-            result = function(job)
-        yield pickle.dumps((result, None, False))
+        return pickle.dumps((function(job), None))
     except (UserError, OSError) as error:
-        yield pickle.dumps((None, error, False))
+        return pickle.dumps((None, error))
     except Exception:  # some exceptions, and some results, cannot be pickled
-        yield pickle.dumps((None, RuntimeError(traceback.format_exc()), False))
+        return pickle.dumps((None, RuntimeError(traceback.format_exc())))
 
 
 def in_order(pool: WorkerPool, function: Callable[[Job], Result], jobs: Iterable[Job], ahead: int) -> Iterator[Result]:
@@ -154,22 +138,3 @@ def in_order(pool: WorkerPool, function: Callable[[Job], Result], jobs: Iterable
             yield result_of(pending.popleft())
     while pending:
         yield result_of(pending.popleft())
-
-
-def as_yielded(pool: WorkerPool, function: Callable[[Job], Iterator[Result]], jobs: Sequence[Job]) -> Iterator[Result]:
-    """What a generator yields in the processes, one for every job, in the order in which it comes."""
-    came: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    for job in jobs:
-        pool.submit(function, job, came.put).add_done_callback(came.put)
-    running = len(jobs)
-    while running:
-        check()
-        try:
-            one = came.get(timeout=SECONDS_BETWEEN_CHECKS)
-        except queue.Empty:
-            continue
-        if isinstance(one, Future):
-            one.result()  # raises what the generator raised
-            running -= 1
-        else:
-            yield one

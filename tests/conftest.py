@@ -32,7 +32,7 @@ SMALL_SUITE = {"lmax": SMALL_LMAX, "n_sims": 60, "noise_level": "noiseless"}
 
 @pytest.fixture(scope="session")
 def small_suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results folder with a suite of 60 simulations (six shards), fiducial among them, 16 x 16 pixels."""
+    """Results folder with a suite of 60 simulations (two shards), fiducial among them, 16 x 16 pixels."""
     results = tmp_path_factory.mktemp("results")
     build_suite(MockConfig(results_dir=str(results), **SMALL_SUITE))
     return results

@@ -149,4 +149,4 @@ def test_single_tiles_are_answered_on_a_gpu(small_suite: Path, tmp_path: Path, c
     stage = run_npe(stage_2(tmp_path, "t"))
     shard = min((tmp_path / "tiles").rglob("shard_*.parquet"))
     result = predict_tiles(PredictConfig(run=stage.folder, tiles=str(shard), n_samples=0, device="cpu"))
-    assert len(result.predictions) == 120
+    assert len(result.predictions) == 600

@@ -103,7 +103,7 @@ def run_limited(command: str, bytes_per_file: int, folder: Path) -> subprocess.C
 @pytest.mark.parametrize(
     ("options", "bytes_per_file", "named"),
     [
-        ("run_mock.py --n-sims 10 --restart", 100_000, "shard_0000.parquet"),
+        ("run_mock.py --n-sims 20 --restart", 100_000, "shard_0000.parquet"),
         ("run_compressor.py --backbone tiny --max-epochs 2 --tag t --device cpu", 200_000, "best.ckpt"),
         (
             "run_compressor.py --backbone tiny --max-epochs 2 --tag t --device cpu --checkpoint-seconds 0",

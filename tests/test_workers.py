@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from conftest import GUARD_S, ROOT
 
 from common.artifacts import CannotWriteError
 from common.errors import UserError
-from data.workers import as_yielded, in_order, worker_pool
+from data.workers import in_order, worker_pool
 
 BIG = 3_000_000  # of 8 bytes: 24 MB, far more than a pipe holds
 
@@ -102,21 +102,6 @@ def test_results_come_in_order_and_what_is_raised_comes_back(monkeypatch: pytest
         with pytest.raises(UserError, match=r"cannot write a shard .*make room"):
             next(found)
     assert os.environ["OMP_NUM_THREADS"] == "7"
-
-
-def counting(number: int) -> Iterator[tuple[int, int]]:
-    for k in range(number):
-        yield number, k
-    failing(number)
-
-
-def test_what_generators_yield_comes_at_once_and_what_they_raise_comes_back() -> None:
-    with worker_pool(2) as pool:
-        found = list(as_yielded(pool, counting, [5, 1, 4]))
-        assert sorted(found) == [(number, k) for number in (1, 4, 5) for k in range(number)]
-        assert [k for number, k in found if number == 5] == list(range(5))
-        with pytest.raises(UserError, match="make room"):
-            list(as_yielded(pool, counting, [3, 2]))
 
 
 def test_what_cannot_be_sent_still_tells_the_reason() -> None:

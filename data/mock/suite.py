@@ -2,12 +2,16 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.artifacts import NONE, temporary_of, tiles_folder
+from common.artifacts import NONE, tiles_folder
+from common.interrupt import result_of
 from common.lock import exclusive
 from common.machine import usable_cores
 from common.progress import Progress
@@ -16,17 +20,17 @@ from data.mock.config import MockConfig
 from data.mock.cosmology import FIDUCIAL_COSMO, design, params_of
 from data.mock.fields import band_of
 from data.mock.nz import N_BINS, nz_of_bins
-from data.mock.shard import Shard, write_shard
 from data.mock.shift import N_Z, Z_MAX
-from data.mock.simulation import Simulation
+from data.mock.simulation import Simulation, simulate
 from data.mock.theory import theory_cl
 from data.nuisance import Prior, check_shifts, described, draw, priors_of, read_priors
-from data.schema import TILES_PER_SIM, nside_of
+from data.schema import SIMS_PER_SHARD, TILES_PER_SIM, nside_of, tile_keys
+from data.shard_metadata import METADATA_KEY
 from data.suite_folder import describe, finish_suite, finished_shards
-from data.workers import as_yielded, worker_pool
+from data.workers import in_order, worker_pool
+from data.write_shards import open_shard
 
 FRESH_SEED_OFFSET = 1_000_000_007  # far from any seed that a user would give
-SIMS_PER_SHARD = 10  # a shard is made by one worker: small enough that many have work, large enough to be a file
 DESCRIBED = ("lmax", "nside", "noise_level", "n_sims", "field", "vary", "seed", "fresh", "fiducial_sim_id")
 
 
@@ -59,14 +63,14 @@ def build_suite(config: MockConfig, on_checkpoint: Callable[[], None] = lambda: 
     jobs, priors = _jobs(config)
     # So that shards of an earlier version, whose shift was one for all cosmologies, are not mixed with these.
     shift = {"lognormal_shift": "of each cosmology"} if config.field == "lognormal" else {}
-    said = {name: getattr(config, name) for name in DESCRIBED} | {"sims_per_shard": SIMS_PER_SHARD} | shift
-    description = describe(config.geometry, said | described(config.nuisance, priors))
+    varied = described(config.nuisance, priors)
+    description = describe(config.geometry, {name: getattr(config, name) for name in DESCRIBED} | shift | varied)
     with exclusive(folder):
         finished = finished_shards(folder, description, config.restart)
         batches = [jobs[first : first + SIMS_PER_SHARD] for first in range(0, len(jobs), SIMS_PER_SHARD)]
-        shards = [Shard(folder / f"shard_{k:04d}.parquet", batch, description) for k, batch in enumerate(batches)]
-        if missing := [shard for shard in shards if shard.path not in finished]:
-            _simulate_shards(missing, config.workers or usable_cores(), on_checkpoint)
+        shards = {folder / f"shard_{k:04d}.parquet": batch for k, batch in enumerate(batches)}
+        if missing := {path: batch for path, batch in shards.items() if path not in finished}:
+            _simulate_shards(missing, description, config.workers or usable_cores(), on_checkpoint)
         finish_suite(folder, params_of(np.stack([job.cosmo for job in jobs])), params_of(FIDUCIAL_COSMO[None])[0])
         on_checkpoint()
     return {
@@ -96,19 +100,31 @@ def _jobs(config: MockConfig) -> tuple[list[Simulation], dict[str, Prior]]:
     return jobs, priors
 
 
-def _simulate_shards(shards: list[Shard], n_workers: int, on_checkpoint: Callable[[], None]) -> None:
-    """Write shards side by side; of those that are not finished nothing is left."""
-    n_sims = sum(len(shard.simulations) for shard in shards)
-    try:
-        with (
-            worker_pool(min(n_workers, len(shards))) as pool,
-            Progress("simulating", n_sims, "simulations") as progress,
-        ):
-            for finished in as_yielded(pool, write_shard, shards):
-                if finished:
-                    on_checkpoint()
-                else:
+def _simulate_shards(
+    shards: dict[Path, list[Simulation]], description: str, n_workers: int, on_checkpoint: Callable[[], None]
+) -> None:
+    """Write one shard after another; a thread syncs and closes files while the workers simulate."""
+    jobs = [job for batch in shards.values() for job in batch]
+    n_workers = min(n_workers, len(jobs))
+    with (
+        ThreadPoolExecutor(1) as disk,
+        worker_pool(n_workers) as pool,
+        Progress("simulating", len(jobs), "simulations") as progress,
+    ):
+        simulated = in_order(pool, simulate, jobs, ahead=2 * n_workers)
+        syncing = closing = disk.submit(lambda: None)
+        for path, batch in shards.items():
+            with ExitStack() as opened:
+                shard = opened.enter_context(open_shard(path, {METADATA_KEY: description}))
+                for job in batch:
+                    params = np.tile(params_of(job.cosmo[None]), (TILES_PER_SIM, 1))  # (12, 8)
+                    nuisances = {name: np.repeat(of, TILES_PER_SIM // len(of)) for name, of in job.nuisances.items()}
+                    shard.write(next(simulated), tile_keys(job.sim_id), params, job.noise_level, nuisances)
                     progress.advance()
-    finally:
-        for shard in shards:
-            temporary_of(shard.path).unlink(missing_ok=True)
+                    if syncing.done():
+                        syncing = disk.submit(shard.sync)
+                result_of(closing)  # of the shard before
+                on_checkpoint()
+                closing = disk.submit(opened.pop_all().close)
+        result_of(closing)
+        on_checkpoint()
