@@ -27,6 +27,7 @@ GUARD_S = 600  # ends what hangs: ten times what the slowest guarded command tak
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 SMALL_LMAX = 32  # 16 x 16 pixels
+SMALL_STAGE_1 = ["--lmax", SMALL_LMAX, "--noise-level", "noiseless", "--backbone", "tiny", "--device", "cpu"]
 SMALL_SUITE = {"lmax": SMALL_LMAX, "n_sims": 60, "noise_level": "noiseless"}
 
 

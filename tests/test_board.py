@@ -8,25 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_LMAX
+from conftest import SMALL_STAGE_1
 
 from common.interrupt import Interrupted
 from common.progress import METRICS_NAME
 from common.resume import LastCheckpoint
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-STAGE_1 = [
-    "--lmax",
-    SMALL_LMAX,
-    "--noise-level",
-    "noiseless",
-    "--backbone",
-    "tiny",
-    "--max-epochs",
-    3,
-    "--device",
-    "cpu",
-]
+STAGE_1 = [*SMALL_STAGE_1, "--max-epochs", 3]
 
 
 def read_board(run: Path) -> accumulator.EventAccumulator:

@@ -7,23 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_LMAX
+from conftest import SMALL_STAGE_1
 
 from compress.model import load_compressor
 
-STAGE_1 = [
-    "--lmax",
-    SMALL_LMAX,
-    "--noise-level",
-    "noiseless",
-    "--backbone",
-    "tiny",
-    "--max-epochs",
-    2,
-    "--device",
-    "cpu",
-]
-STAGE_1 += ["--norm-tiles", 500, "--warmup-steps", 10]
+STAGE_1 = [*SMALL_STAGE_1, "--max-epochs", 2, "--norm-tiles", 500, "--warmup-steps", 10]
 
 
 def test_where_nothing_can_be_compiled_the_run_says_why(
