@@ -1,17 +1,15 @@
 """Device, precision, and what goes to the device."""
 
-import ctypes
 import hashlib
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
 from common.errors import UserError
-from common.machine import Device, Precision, free_memory
+from common.machine import Device, Precision, free_memory, keep_freed_memory
 
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -27,24 +25,11 @@ def pick_device(name: Device) -> torch.device:
     torch.backends.cudnn.deterministic = True  # same seed, same machine, same result
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
     if kind == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     if kind == "cuda" and torch.distributed.is_torchelastic_launched():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # a GPU for each process
         return torch.device(kind, torch.cuda.current_device())
     return torch.device(kind)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors give back, where there is a glibc.
-
-    By default every activation is a fresh mapping whose pages the kernel has to clear again. Kept, a step of the tiny
-    backbone takes two thirds of the time, and results do not change.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4  # names of malloc.h
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, -1)
 
 
 def name_of_dtype(dtype: torch.dtype) -> str:

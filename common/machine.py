@@ -1,6 +1,9 @@
 """What this machine has for this process: cores and memory."""
 
+import ctypes
 import os
+import platform
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +31,19 @@ def computes_in_bf16() -> bool:
         return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that arrays and tensors give back, where there is a glibc.
+
+    By default every large one is a fresh mapping whose pages the kernel has to clear again. Kept, a step of the tiny
+    backbone takes two thirds of the time, and results do not change.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # names of malloc.h
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
 
 
 def free_memory() -> int:
