@@ -19,7 +19,7 @@ from data.augment import Symmetries, draw_symmetries, gather_augmented
 from data.config import TilesOn
 from data.norm_stats import NormStats
 from data.stream import TileStream
-from data.tiles import Tiles
+from data.tiles import Tiles, empty_kappa
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # kappa (B, bins, N, N) or summary (B, d), and theta (B, d)
 AnyBatch = TypeVar("AnyBatch", covariant=True)
@@ -204,8 +204,11 @@ def _gb(n_bytes: int) -> str:
 
 def _on_device(kappa: np.ndarray, norm_stats: NormStats, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     n, n_bins, nside, _ = kappa.shape
-    store = torch.empty((n, nside, nside, n_bins), dtype=dtype, device=device).permute(0, 3, 1, 2)  # (n, bins, N, N)
     in_place = device.type == "cpu" and dtype == torch.float32
+    if in_place:  # numpy's memory comes in huge pages, torch's does not
+        store = torch.from_numpy(empty_kappa(n, n_bins, nside))
+    else:
+        store = torch.empty((n, nside, nside, n_bins), dtype=dtype, device=device).permute(0, 3, 1, 2)
     with Progress("loading tiles", n, "tiles") as progress:
         for start in range(0, n, LOADED_AT_A_TIME):
             some = slice(start, start + LOADED_AT_A_TIME)
@@ -214,7 +217,7 @@ def _on_device(kappa: np.ndarray, norm_stats: NormStats, device: torch.device, d
             else:
                 store[some] = torch.from_numpy(norm_stats.normalise_tiles(kappa[some])).to(device)
             progress.advance(len(store[some]))
-    return store
+    return store  # (n, bins, N, N), channels_last
 
 
 def n_batches(n: int, batch_size: int) -> int:

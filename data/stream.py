@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from data.norm_stats import NormStats
+from data.tiles import empty_kappa
 
 
 class TileStream:
@@ -29,9 +30,9 @@ class TileStream:
 
     def _read(self, rows: torch.Tensor) -> torch.Tensor:
         n_bins, nside = self.shape[1:3]
-        kappa = torch.empty(len(rows), nside, nside, n_bins).permute(0, 3, 1, 2)  # (B, bins, N, N), channels_last
-        for tile, row in zip(kappa.split(1), rows.tolist(), strict=True):
+        read = empty_kappa(len(rows), n_bins, nside)
+        for i, row in enumerate(rows.tolist()):
             # numpy does this without the interpreter's lock: the main thread works on while pages come from the disk.
-            self.norm_stats.normalise_tiles(self.kappa[row : row + 1], out=tile.numpy())
-        kappa = kappa.to(self.dtype)
+            self.norm_stats.normalise_tiles(self.kappa[row : row + 1], out=read[i : i + 1])
+        kappa = torch.from_numpy(read).to(self.dtype)
         return kappa.pin_memory() if self.device.type == "cuda" else kappa  # (B, bins, N, N)
