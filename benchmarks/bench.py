@@ -22,7 +22,7 @@ QUICK = {
     "train_step": [],
     "npe_epoch": [],
     "several_processes": [],
-    "reading": ["--n-sims", "50"],
+    "reading": ["--n-sims", "100"],
     "streaming": ["--n-sims", "20"],
     "mock_suite": ["--n-sims", "50"],
 }
