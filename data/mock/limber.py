@@ -12,10 +12,11 @@ from scipy.interpolate import CubicSpline
 
 from data.mock.matter_power import matter_power
 from data.mock.nz import N_BINS, nz_of_bins
+from data.mock.shift import Z_MAX
 from data.mock.theory import BIN_PAIRS, COSMO_NAMES
 from data.nuisance import Nuisance, alignment
 
-Z = np.linspace(0, 4, 401)[1:]  # of lenses and sources
+Z = np.linspace(0, np.sqrt(Z_MAX), 301)[1:] ** 2  # of lenses and sources, dense where alignments of the near ones are
 N_NODES = 32  # multipoles that are integrated; the ratio is smooth between them
 FIRST, SECOND = np.array(BIN_PAIRS).T  # bins of each pair
 
