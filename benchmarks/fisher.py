@@ -1,9 +1,9 @@
 """What nuisances cost by a Gaussian Fisher forecast, for one tile: `python benchmarks/fisher.py`.
 
 At the fiducial cosmology, spectra of the four bins from ell = 2 to lmax, with w, h, n_s and Omega_b marginalised
-over with the suite's spread, m_nu fixed, and every nuisance with its prior; and the same with the suite's prior on
-(Omega_m, S8), which a learnt posterior has. The fiducial amplitude of the alignments is zero, so their redshift
-dependence changes nothing here, while a suite varies it. A yardstick and not a bound.
+over with the suite's spread, m_nu fixed, and every nuisance with its prior, about the prior's centre; and the same with
+the suite's prior on (Omega_m, S8), which a learnt posterior has. Where the amplitude of the alignments is zero, as by
+default, their redshift dependence changes nothing here, while a suite varies it. A yardstick and not a bound.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from common.errors import UserError
 from data.config import NoiseLevel
 from data.mock.cosmology import FIDUCIAL_COSMO, design
 from data.mock.limber import spectra_ratio
 from data.mock.nz import N_BINS
 from data.mock.theory import COSMO_NAMES, cl_matrix, theory_cl_at
 from data.nuisance import Prior, nuisance_of, priors_of, read_priors
-from data.schema import FOM_PARAMS, noise_cl
+from data.schema import A_IA, FOM_PARAMS, noise_cl
 
 SKY = 1 / 12  # of a tile
 SUITE = 791, 42  # simulations whose spread is the prior, and their seed
@@ -51,17 +52,19 @@ def fisher_foms(lmax: int, noise_level: str, nuisance: str, priors_path: str) ->
     _, suite = design(*SUITE, None)
     spread = dict(zip(COSMO_NAMES, suite.std(axis=0), strict=True))
     priors = priors_of(nuisance, read_priors(priors_path), N_BINS)
-    spread |= {name: spread_of(prior) for name, prior in priors.items() if name != "eta_IA"}
-    names = [name for name in spread if name not in FIXED]
+    centre = {name: prior.centre for name, prior in priors.items()}
+    spread |= {name: spread_of(prior) for name, prior in priors.items()}
+    fixed = FIXED if centre.get(A_IA) else (*FIXED, "eta_IA")
+    names = [name for name in spread if name not in fixed and spread[name]]
 
     def moved(name: str, sign: int) -> np.ndarray:
         cosmo, step = FIDUCIAL_COSMO.copy(), sign * STEP * spread[name]
         if name in COSMO_NAMES:
             cosmo[COSMO_NAMES.index(name)] += step
-            return spectra(cosmo, {}, ell)
-        return spectra(cosmo, {name: step}, ell)
+            return spectra(cosmo, centre, ell)
+        return spectra(cosmo, centre | {name: centre[name] + step}, ell)
 
-    total = spectra(FIDUCIAL_COSMO, {}, ell) + np.diag(noise_cl(noise_level, N_BINS))
+    total = spectra(FIDUCIAL_COSMO, centre, ell) + np.diag(noise_cl(noise_level, N_BINS))
     changes = [(moved(name, 1) - moved(name, -1)) / (2 * STEP * spread[name]) for name in names]
     whitened = [np.linalg.solve(total, change) for change in changes]  # (n_ell, 4, 4) each
     modes = SKY * (2 * ell + 1) / 2
@@ -82,7 +85,10 @@ def main() -> None:
     parser.add_argument("--nuisance-priors", default="", help="table of priors, as run_mock.py takes it")
     options = parser.parse_args()
     about = options.lmax, options.noise_level
-    foms = {nuisance: fisher_foms(*about, nuisance, options.nuisance_priors) for nuisance in NUISANCES}
+    try:
+        foms = {nuisance: fisher_foms(*about, nuisance, options.nuisance_priors) for nuisance in NUISANCES}
+    except UserError as error:
+        parser.error(str(error))
     print(f"lmax {options.lmax}, {options.noise_level}")
     print("| nuisances | FoM | / bare | with the suite's prior | / bare |\n|---|---|---|---|---|")
     for nuisance, (fom, informed) in foms.items():
