@@ -16,6 +16,7 @@ from data.config import ALL, KINDS
 from data.moments import Moments, empty_moments, moments_of
 from data.schema import name_of_tile, nside_of
 from data.shard import ShardLabels, kappa_of_shard, read_labels
+from data.shard_metadata import nuisance_priors_of
 from data.tiles import DIGEST_SIZE, Tiles, digests_of, empty_kappa
 
 
@@ -84,13 +85,16 @@ def read_into_memory(index: TileIndex) -> tuple[Tiles, Moments]:
 def read_index(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> TileIndex:
     """Read and check everything but the pixels; arguments and errors as those of read_tiles."""
     shards = [read_labels(path, lmax, noise_level) for path in shard_paths(folder, lmax, noise_level)]
-    first = shards[0]
+    first, priors = shards[0], nuisance_priors_of(shards[0].path)
     for shard in shards:
         if shard.n_bins != first.n_bins:
             found = f"{shard.path} has tiles of {shard.n_bins} bins, {first.path} of {first.n_bins}"
             raise UserError(f"{found}; the folder mixes two suites, separate them")
         if list(shard.nuisances) != list(first.nuisances):
             found = f"{shard.path} varies {_named(shard.nuisances)}, {first.path} {_named(first.nuisances)}"
+            raise UserError(f"{found}; the folder mixes two suites, separate them")
+        if shard.nuisances and nuisance_priors_of(shard.path) != priors:
+            found = f"{shard.path} has its nuisances from other priors than {first.path}"
             raise UserError(f"{found}; the folder mixes two suites, separate them")
     keys, params = (np.concatenate([getattr(shard, name) for shard in shards]) for name in ("keys", "params"))
     order = np.lexsort(keys.T[::-1])  # (n,)

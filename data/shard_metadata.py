@@ -52,9 +52,14 @@ def _description(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not say in JSON how it was made; make it again") from None
 
 
-def nuisance_priors_of(folder: Path) -> dict[str, Any] | None:
-    """The priors that a folder's nuisances were drawn from, as its first shard has them; None if it has none."""
-    return _description(min(folder.glob("shard_*.parquet"), default=folder)).get("nuisance_priors")
+def nuisance_priors_of(shard: Path) -> dict[str, Any] | None:
+    """The priors that a shard's nuisances were drawn from; None if it does not say."""
+    return _description(shard).get("nuisance_priors")
+
+
+def nuisance_priors_in(folder: Path) -> dict[str, Any] | None:
+    """Those of the first shard of a folder, whose shards all have the same."""
+    return nuisance_priors_of(min(folder.glob("shard_*.parquet"), default=folder))
 
 
 def check_lmax(path: Path, lmax: int) -> None:

@@ -11,7 +11,7 @@ from common.versions import versions
 from compress.model import TrainedCompressor
 from data.dataset import whole_dataset
 from data.module import SplitTiles
-from data.shard_metadata import nuisance_priors_of
+from data.shard_metadata import nuisance_priors_in
 from data.split import fingerprint_of
 from data.tiles import Tiles
 from npe.calibration import calibrate, recalibrate, squared_distances
@@ -68,7 +68,7 @@ def evaluate_npe(run: NPERun, members: list[Member]) -> tuple[FomResult, np.ndar
         fom_test_hi_84=test_hi,
         compressor_checkpoint=config.compressor_checkpoint,
         nuisance=compressor.config.nuisance,
-        nuisance_priors=nuisance_priors_of(data.tiles_dir),
+        nuisance_priors=nuisance_priors_in(data.tiles_dir),
         fiducial=_fiducial(fiducial, data, rng),
         npe=_training(run, members[0]),
         ensemble=compare([fiducial, *of_others]),

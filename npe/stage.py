@@ -22,7 +22,7 @@ from compress.stage import read_tiles
 from data.cache import read_tiles_through_cache
 from data.module import SplitTiles
 from data.norm_stats import NORM_STATS_NAME, read_norm_stats
-from data.shard_metadata import nuisance_priors_of
+from data.shard_metadata import nuisance_priors_in
 from data.split import MANIFEST_NAME, read_manifest, subset_of
 from data.tiles import Tiles
 from npe.compressed import CompressedTileDataModule
@@ -166,7 +166,7 @@ def check_calibration_tiles(fresh: Tiles, folder: Path, tiles: Tiles, tiles_dir:
         theirs, ours = (", ".join(some.nuisances) or "no nuisances" for some in (fresh, tiles))
         cure = "give tiles that vary the same ({nuisance} in the name of the folder stands for the run's)"
         raise UserError(f"{where} varies {theirs}, the run's tiles vary {ours}; {cure}")
-    if nuisance_priors_of(folder) != nuisance_priors_of(tiles_dir):
+    if nuisance_priors_in(folder) != nuisance_priors_in(tiles_dir):
         raise UserError(f"{where} was made with other --nuisance-priors than {tiles_dir}; give tiles with the same")
 
 
