@@ -56,7 +56,7 @@ def row_of(point: CurvePoint) -> str:
     bare = ratio(point.nuisance, point.to_bare, point.to_bare_err)
     if point.nuisance != NONE and point.to_bare is None:
         bare = "no bare run; add none to --nuisance"
-    fom += f"  {point.chi2_per_dof:8.2f}  {bare:15s}"
+    fom += f"  {point.chi2_per_dof_of_fom:8.2f}  {bare:15s}"
     if point.fom_recalibrated is not None:
         wide = ratio(point.nuisance, point.recalibrated_to_bare, point.recalibrated_to_bare_err)
         fom += f"  {point.fom_recalibrated:12.0f}  {wide}"

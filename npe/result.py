@@ -139,7 +139,7 @@ class CurvePoint:
     fom: float = key("mean over seeds of the median FoM")
     std_over_seeds: float | None = key("sample standard deviation over seeds; null for one seed")
     std_over_tiles: float | None = key("mean over seeds of the tile-to-tile scatter; null for one tile")
-    chi2_per_dof: float = key("mean over seeds of the calibration's chi2_per_dof")
+    chi2_per_dof_of_fom: float = key("mean over seeds of the calibration's chi2_per_dof_of_fom")
     fom_recalibrated: float | None = key("mean over seeds of the recalibrated FoM; null without --calibration-tiles")
     mixture_fom: float = key("median FoM of the mixture of the runs' posteriors, tile by tile")
     worst_divergence_nats: float = key("largest mean KL divergence between two runs [nats]")

@@ -214,7 +214,7 @@ def _point(run: SweepRun, outcome: FomResult | Exception) -> dict[str, Any]:
         return point | {"error": _in_words(outcome)}
     for name in ("fom_fiducial_median", "fom_fiducial_std", "fom_test_median"):
         point[name] = getattr(outcome, name)
-    for name in ("chi2_per_dof", "nll", "nll_err", "verdict"):
+    for name in ("chi2_per_dof_of_fom", "nll", "nll_err", "verdict"):
         point[name] = getattr(outcome.calibration, name)
     wide = outcome.recalibrated
     return point | {"fom_recalibrated": wide and wide.fom_fiducial_median}
@@ -238,7 +238,7 @@ def combine_seeds(lmax: int, nuisance: str, by_seed: dict[int, FomResult], bare:
         fom=float(np.mean(medians)),
         std_over_seeds=scatter(np.array(medians)),
         std_over_tiles=float(np.mean(scatters)) if scatters else None,
-        chi2_per_dof=float(np.mean([result.calibration.chi2_per_dof for result in results])),
+        chi2_per_dof_of_fom=float(np.mean([result.calibration.chi2_per_dof_of_fom for result in results])),
         fom_recalibrated=float(np.mean(recalibrated)) if recalibrated else None,
         mixture_fom=ensemble.mixture.fom_fiducial_median,
         worst_divergence_nats=ensemble.worst_divergence_nats,

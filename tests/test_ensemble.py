@@ -122,7 +122,7 @@ def test_runs_of_other_seeds_are_combined_by_their_mean_scatter_and_mixture() ->
             posterior=p,
             fom_fiducial_median=float(np.median(p.fom)),
             fom_fiducial_std=10 * scale,
-            calibration=SimpleNamespace(chi2_per_dof=scale),
+            calibration=SimpleNamespace(chi2_per_dof_of_fom=scale),
             recalibrated=None,
         )
 
@@ -130,7 +130,7 @@ def test_runs_of_other_seeds_are_combined_by_their_mean_scatter_and_mixture() ->
     row = combine_seeds(200, "none", runs, runs)
     assert row.fom == pytest.approx(ONE.fom[0])
     assert row.std_over_seeds == pytest.approx(0.1 * ONE.fom[0])
-    assert (row.std_over_tiles, row.chi2_per_dof) == (pytest.approx(10), pytest.approx(1))
+    assert (row.std_over_tiles, row.chi2_per_dof_of_fom) == (pytest.approx(10), pytest.approx(1))
     # Equal means: the mixture's covariance is the mean of theirs.
     assert row.mixture_fom == pytest.approx(ONE.fom[0] / np.mean([1 / 0.9, 1, 1 / 1.1]))
     assert (row.to_bare, row.to_bare_err) == (1, 0)
