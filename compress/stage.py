@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.artifacts import COMPRESSOR_RUNS, make_empty_folder, named_folder, tiles_folder
@@ -115,7 +116,7 @@ def read_tiles(
     ).setup()
     for warning in data.audit.warnings():
         warn(warning)
-    if training and A_IA in data.tiles.nuisances and A_IA not in data.params:
+    if training and A_IA not in data.params and np.ptp(data.tiles.nuisances.get(A_IA, 0)):
         warn(f"the tiles vary {A_IA}, of which the summaries will say nothing: the FoM is lower; add it to --params")
     if len(data.fiducial_ds) == 0:
         warn(f"{data.tiles_dir} has no simulation {config.fiducial_sim_id}, the fiducial one: stage 2 will refuse it")

@@ -14,6 +14,9 @@ TilesOn = Literal["auto", "device", "disk"]
 
 FIDUCIAL_SIM_ID = 109
 KINDS, ALL = ("m", "dz", "ia"), "all"  # of --nuisance
+NUISANCE_HELP = (
+    "what varies of the survey: m (shear bias), dz (redshifts), ia (alignments), some joined by +, all or none"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +37,7 @@ class TileOptions(TilesDirOptions):
     lmax: int = option(200, "largest multipole of the tiles", above=0)
     nside: int = option(0, "pixels per side of a tile (0: as lmax needs, 128 at 200)", at_least=0)
     noise_level: NoiseLevel = option("des_y3", "shape noise as published, or *_survey at twice that power")
-    nuisance: str = option(
-        NONE,
-        "nuisances of the survey that vary: m (shear bias), dz (redshifts), ia (alignments), some joined by +, or all",
-        in_tag=True,
-    )
+    nuisance: str = option(NONE, NUISANCE_HELP, in_tag=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from common.artifacts import NONE
 from common.errors import UserError
 from common.options import SeedOptions, option
-from data.config import NoiseLevel, check_priors_are_used, kinds_of, nuisance_list, number_list
+from data.config import NUISANCE_HELP, NoiseLevel, check_priors_are_used, kinds_of, nuisance_list, number_list
 
 SkyGeometry = Literal["disjoint", "published"]
 Ordering = Literal["auto", "RING", "NEST"]
@@ -26,9 +26,7 @@ class IngestConfig(SeedOptions):
     lmax: str = option("200", "largest multipole of the tiles; several with commas")
     noise_level: str = option("des_y3", "shape noise; several with commas, which scale one realisation")
     geometry: SkyGeometry = option("disjoint", "twelve tiles as disjoint patches, or overlapping as published")
-    nuisance: str = option(
-        NONE, "vary m (shear bias), dz (redshifts), ia (alignments), some joined by +, all or none; several with commas"
-    )
+    nuisance: str = option(NONE, f"{NUISANCE_HELP}; several with commas")
     nuisance_priors: str = option("", "table of their priors, one a line (default: DES Y3)")
     sims: str = option("", "only these simulations, like 1-50,109 (default: all)")
     ordering: Ordering = option("auto", "order of the pixels of --kappa-maps; auto takes it from the file")

@@ -6,7 +6,7 @@ from typing import Literal
 from common.artifacts import NONE
 from common.errors import UserError
 from common.options import SeedOptions, option
-from data.config import FIDUCIAL_SIM_ID, TileOptions, check_priors_are_used, nuisance_list
+from data.config import FIDUCIAL_SIM_ID, NUISANCE_HELP, TileOptions, check_priors_are_used, nuisance_list
 
 Geometry = Literal["disjoint", "published", "flat"]
 Field = Literal["lognormal", "gaussian"]
@@ -22,9 +22,7 @@ class MockConfig(TileOptions, SeedOptions):
     field: Field = option("lognormal", "statistics of the convergence field")
     vary: Vary = option("all", "parameters that vary; the others keep their fiducial values")
     fresh: bool = option(False, "new simulations of the same prior, without the fiducial, in {results-dir}/fresh_tiles")
-    nuisance: str = option(
-        NONE, "vary m (shear bias), dz (redshifts), ia (alignments), some joined by +, all or none; several with commas"
-    )
+    nuisance: str = option(NONE, f"{NUISANCE_HELP}; several with commas")
     nuisance_priors: str = option("", "table of their priors, one a line (default: DES Y3)", path=True)
     workers: int = option(0, "worker processes (0: one per core); the tiles do not depend on it", at_least=0)
     fiducial_sim_id: int = option(FIDUCIAL_SIM_ID, "sim_id of the simulation with the fiducial cosmology", above=0)
