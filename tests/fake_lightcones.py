@@ -27,7 +27,7 @@ from data.mock.cosmology import design, params_of
 from data.mock.make_theory_table import ccl_universe
 from data.mock.nz import nz_of_bins
 from data.mock.theory import BIN_PAIRS
-from data.nuisance import C1_RHO_CRIT, PIVOT_Z, Nuisance
+from data.nuisance import Nuisance
 from data.sphere.pixel_window import pixel_window
 
 # Edges of the shells in Mpc/h, after the observer. Near shells are thin, because a shell is weighted by its middle
@@ -38,6 +38,9 @@ Z_BEYOND = 4.0
 PARTICLES_PER_VOLUME = 0.645  # [(h/Mpc)^3], 1080^3 in a box of 1250 Mpc/h
 FIDUCIAL_SIM_ID = 109
 MATTER = glass.grf.Lognormal(1.0)
+# Of alignments, written here again, so that an error in the project's own numbers is seen: Bridle & King 2007,
+# arXiv:0705.0166, and Secco, Samuroff et al. 2022, arXiv:2105.13544.
+C1_RHO_CRIT, PIVOT_Z = 0.0134, 0.62
 NO_NUISANCE = Nuisance(np.zeros(4), np.zeros(4), 0.0, 0.0)
 
 

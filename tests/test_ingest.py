@@ -362,9 +362,12 @@ def test_nuisances_come_out_of_one_pass_and_zero_width_changes_nothing(
 
     zero = "\n".join(f"{name} normal 0 0" for name in tiles["_all"].nuisances)
     (tmp_path / "priors.txt").write_text(zero)
-    made(config_of(suite, tmp_path / "zero", nuisance="all", nuisance_priors=tmp_path / "priors.txt"))
-    unmoved = read_tiles(tmp_path / f"zero/tiles/lmax_{SMALL_LMAX}_noiseless_all", SMALL_LMAX, "noiseless").kappa
-    assert np.array_equal(unmoved, tiles_in(noiseless))
+    both = {"noise_level": "des_y3,noiseless", "sims": "1,109"}
+    made(config_of(suite, tmp_path / "zero", nuisance="all", nuisance_priors=tmp_path / "priors.txt", **both))
+    made(config_of(suite, tmp_path / "bare", **both))  # another command: noise does not depend on what varies
+    for level in ("des_y3", "noiseless"):
+        unmoved = read_tiles(tmp_path / f"zero/tiles/lmax_{SMALL_LMAX}_{level}_all", SMALL_LMAX, level).kappa
+        assert np.array_equal(unmoved, tiles_in(tmp_path / "bare", level=level))
 
 
 def test_published_geometry_repeats_its_faces(suite: Path, tmp_path: Path) -> None:

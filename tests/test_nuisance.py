@@ -12,6 +12,7 @@ import pytest
 from conftest import SMALL_LMAX, SMALL_SUITE
 from fake_lightcones import lensing_cl
 
+from benchmarks.fisher import fisher_foms
 from common.artifacts import tiles_folder
 from common.errors import UserError
 from data.cache import read_tiles_through_cache
@@ -22,14 +23,18 @@ from data.mock.limber import spectra_ratio
 from data.mock.nz import N_BINS
 from data.mock.suite import build_suites
 from data.mock.theory import COSMO_NAMES, cl_matrix, theory_cl_at
-from data.nuisance import Nuisance, draw, growth, priors_of, read_priors
+from data.nuisance import Nuisance, Prior, draw, growth, priors_of, read_priors
 from data.read_shards import read_tiles
 from data.tiles import Tiles
 from npe.result import read_fom_result
 
 ELL = np.array([10.0, 20, 50, 100, 200, 500, 1000])  # as far as the largest published lmax
 ZERO = np.zeros(N_BINS)
-DZ_SIGMA = np.array([prior.b for name, prior in read_priors("").items() if name.startswith("dz")])
+SUITE_SIZE = 791
+# DES Y3 as published: Amon et al. 2022, arXiv:2105.13543; Myles et al. 2021, arXiv:2012.08566; Secco, Samuroff et al.
+# 2022, arXiv:2105.13544.
+M_SIGMA, DZ_SIGMA = np.array([0.0091, 0.0078, 0.0076, 0.0076]), np.array([0.018, 0.015, 0.011, 0.017])
+ALIGNMENTS = -5.0, 5.0
 
 
 def parts(spectra: Callable[[Nuisance], np.ndarray], dz: np.ndarray, eta: float) -> dict[str, np.ndarray]:
@@ -38,11 +43,24 @@ def parts(spectra: Callable[[Nuisance], np.ndarray], dz: np.ndarray, eta: float)
     return {"GG": none, "GI": (plus - minus) / 2, "II": (plus + minus) / 2 - none}
 
 
-@pytest.mark.parametrize(("number", "shift", "eta"), [(0, 0, 0.0), (3, 2, 0.0), (5, -2, 2.0), (11, 1, -3.0)])
+def test_the_default_priors_are_those_of_des_y3() -> None:
+    priors = read_priors("")
+    for kind, sigma in (("m", M_SIGMA), ("dz", DZ_SIGMA)):
+        assert [priors.pop(f"{kind}_{a + 1}") for a in range(N_BINS)] == [Prior("normal", 0.0, one) for one in sigma]
+    assert priors == dict.fromkeys(("A_IA", "eta_IA"), Prior("flat", *ALIGNMENTS))
+
+
+# The last two are the corners of the suite's box: most and least matter.
+DRAWS = [(0, 0, 0.0), (3, 2, 0.0), (5, -2, 2.0), (11, 1, -3.0), ("most", -2, 5.0), ("least", 2, -5.0)]
+
+
+@pytest.mark.parametrize(("number", "shift", "eta"), DRAWS)
 def test_every_spectrum_agrees_with_pyccl_at_draws_that_the_tables_were_not_made_from(
-    number: int, shift: float, eta: float
+    number: int | str, shift: float, eta: float
 ) -> None:
-    cosmo = FIDUCIAL_COSMO if number == 0 else design(16, 5, None)[1][number]
+    some = {0: FIDUCIAL_COSMO, **dict(enumerate(design(16, 5, None)[1][1:], 1))}
+    by_matter = sorted(design(SUITE_SIZE, 42, None)[1], key=lambda cosmo: cosmo[COSMO_NAMES.index("Omega_m")])
+    cosmo = (some | {"least": by_matter[0], "most": by_matter[-1]})[number]
     bare = lensing_cl(cosmo, ELL)
     expected = parts(lambda nuisance: lensing_cl(cosmo, ELL, nuisance), shift * DZ_SIGMA, eta)
     found = parts(lambda n: spectra_ratio(cosmo, [n], ELL)[0] * bare, shift * DZ_SIGMA, eta)
@@ -51,6 +69,21 @@ def test_every_spectrum_agrees_with_pyccl_at_draws_that_the_tables_were_not_made
         assert worst <= 0.01, (name, worst, dict(zip(COSMO_NAMES, cosmo, strict=True)))
     assert (found["GI"] < 0).all()
     assert (found["II"] > 0).all()
+
+
+def test_a_forecast_knows_the_priors(tmp_path: Path) -> None:
+    table = tmp_path / "priors.txt"
+
+    def ratio(nuisance: str, *lines: str) -> float:
+        table.write_text("\n".join(lines))
+        one, bare = (fisher_foms(40, "des_y3", kinds, str(table))[0] for kinds in (nuisance, "none"))
+        return float(one / bare)
+
+    still = [f"{name} normal 0 0" for name in ("dz_1", "dz_2", "dz_3", "dz_4", "A_IA", "eta_IA")]
+    assert ratio("all", *(f"m_{a} normal 0 0" for a in range(1, 5)), *still) == 1
+    assert ratio("ia", "A_IA normal 0 1", "eta_IA normal 0 1") < 0.999
+    fixed, free = (ratio("ia", "A_IA normal 2 0", f"eta_IA normal 0 {sigma}") for sigma in (0, 1))
+    assert free < 0.999 * fixed  # the redshift dependence of alignments that there are
 
 
 def test_growth_agrees_with_its_integral_where_that_holds() -> None:
@@ -124,8 +157,13 @@ def test_a_nuisance_is_drawn_alike_whatever_else_is_and_the_fiducial_has_the_cen
     for name, values in some.items():
         np.testing.assert_array_equal(values, every[name])
     many = np.array([draw(priors, 42, sim, fiducial=False)["dz_1"] for sim in range(500)])
-    assert abs(many.std() / priors["dz_1"].b - 1) < 0.1
+    assert abs(many.std() / DZ_SIGMA[0] - 1) < 0.1
     assert abs(np.corrcoef(many.T)[0, 1]) < 0.15  # orientations are independent
+    for name in ("A_IA", "eta_IA"):  # flat: mean, and no gap at either end
+        flat = np.array([draw(priors, 42, sim, fiducial=False)[name] for sim in range(500)])
+        assert abs(flat.mean()) < 0.3
+        np.testing.assert_allclose([flat.min(), flat.max()], ALIGNMENTS, atol=0.1)
+        assert np.abs(flat).max() <= ALIGNMENTS[1]
     assert not any(values.any() for values in draw(priors, 42, 109, fiducial=True).values())
 
 
@@ -212,6 +250,14 @@ def test_tiles_with_other_nuisances_than_said_are_refused(suites: Path, run_comm
         (tmp_path / f"shard_{number:04d}.parquet").symlink_to(folder / f"shard_{number:04d}.parquet")
     with pytest.raises(UserError, match="mixes two suites"):
         read_tiles(tmp_path, SMALL_LMAX, "des_y3")
+    (tmp_path / "wide.txt").write_text("\n".join(f"m_{a} normal 0 0.1" for a in range(1, 5)))
+    wide = {**SMALL_SUITE, "n_sims": 3, "noise_level": "des_y3", "nuisance_priors": str(tmp_path / "wide.txt")}
+    build_suites(MockConfig(**wide, results_dir=str(tmp_path), nuisance="m"))
+    folder = tiles_folder("", tmp_path, SMALL_LMAX, "des_y3", "m")
+    narrow = tiles_folder("", suites, SMALL_LMAX, "des_y3", "m")
+    (folder / "shard_0001.parquet").symlink_to(narrow / "shard_0001.parquet")
+    with pytest.raises(UserError, match=r"shard_0001\.parquet has its nuisances from other priors"):
+        read_tiles(folder, SMALL_LMAX, "des_y3")
 
 
 def test_a_sweep_has_each_nuisance_beside_the_bare_run(suites: Path, run_command: Callable) -> None:
@@ -263,6 +309,7 @@ def test_a_sweep_has_each_nuisance_beside_the_bare_run(suites: Path, run_command
         assert m[figure] == pytest.approx((ours / theirs).mean())
         assert f"{(ours / theirs).mean():.3f} +- " in out
     assert m["fom_recalibrated"] == pytest.approx(ours.mean())
+    assert m["chi2_per_dof_of_fom"] == pytest.approx(np.mean([result.recalibrated.scale for result in runs[1]]))
 
     assert "no bare run; add none" in sweep(folders, "--nuisance", "m")[1]
     shutil.rmtree(suites / f"fresh_tiles/lmax_{SMALL_LMAX}_des_y3_m")
