@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # it needs torch, and --help does not
     from npe.result import CurvePoint, FomResult, LearningCurve, LearningCurves, SweepResult
 
 
+HEADER = "lmax  nuisances        FoM  +- seeds  +- tiles  mixture  chi2/dof  / bare           recalibrated  / bare"
+
+
 def report(result: SweepResult | LearningCurves | FomResult | list[str]) -> None:
     """What the user waited for."""
     if isinstance(result, list):
@@ -32,10 +35,9 @@ def report(result: SweepResult | LearningCurves | FomResult | list[str]) -> None
 def report_curve(result: SweepResult | LearningCurves) -> None:
     """The table of a sweep, or what twice as many simulations would give."""
     if curve := getattr(result, "curve", []):
-        print("FoM of (Omega_m, S8), and what nuisances leave of the bare one")
-        print(
-            "lmax  nuisances  as learnt  +- seeds  +- tiles  mixture  chi2/dof  / bare           recalibrated  / bare"
-        )
+        print("FoM of (Omega_m, S8), mean over seeds; +- its scatter over seeds and over tiles; / bare its mean ratio")
+        print("to the run of the same seed without nuisances, +- the error of that mean")
+        print(HEADER)
         for point in curve:
             print(row_of(point))
     for curve in getattr(result, "curves", []):

@@ -47,7 +47,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:
-        why = str(error).strip().splitlines()[0]
+        why = " ".join(str(error).split()[:20])
         raise UserError(f"--compile does not work here ({why}); install a C++ compiler, or leave it out") from None
 
 

@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from common.errors import UserError
 
@@ -151,14 +151,19 @@ def command_line(config: ResultsOptions) -> str:
     return shlex.join(words)
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's own, which says what is wrong in one line, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the options")
+
+
 def parse_args(config_class: type[Config], argv: list[str] | None = None, program: str | None = None) -> Config:
     """Build a command's config from the command line; one flag per field; UserError for a value without sense.
 
     Usage names the `program`, which is the command's own without one.
     """
-    parser = argparse.ArgumentParser(
-        program, description=config_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+    parser = _Parser(program, description=config_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     types_of = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         annotation = types_of[field.name]

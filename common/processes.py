@@ -78,11 +78,12 @@ class Processes:
         BatchNorm normalises over all of them on GPUs. On CPUs, where PyTorch has no such layer, each normalises its
         share of a batch.
         """
-        learner = model
+        learner: nn.Module = model
         if self.size > 1:
             if device.type == "cuda":
                 nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            learner = DistributedDataParallel(model, broadcast_buffers=False)
+            learner = parallel = DistributedDataParallel(model)
+            parallel.broadcast_buffers = False  # a keyword that newer versions of PyTorch deprecate
         return torch.compile(learner) if compiled else learner
 
     def draw_apart(self) -> None:

@@ -24,6 +24,7 @@ from compress.pictures import draw_loss_curves, draw_predictions
 from compress.pretrained import read_pretrained
 from compress.result import RESULT_NAME, CompressorResult
 from compress.train import train
+from data.dataset import n_batches
 from data.module import SplitTiles, TileDataModule
 from data.norm_stats import NormStats, write_norm_stats
 from data.schema import A_IA, nside_of
@@ -118,6 +119,10 @@ def read_tiles(
         warn(warning)
     if training and A_IA not in data.params and np.ptp(data.tiles.nuisances.get(A_IA, 0)):
         warn(f"the tiles vary {A_IA}, of which the summaries will say nothing: the FoM is lower; add it to --params")
+    n_steps = config.max_epochs * n_batches(len(data.compressor_train_ds), config.batch_size)
+    if training and n_steps <= config.warmup_steps:
+        cure = "give fewer, a smaller --batch-size or more --max-epochs"
+        warn(f"training ends after {n_steps} steps, within its --warmup-steps {config.warmup_steps}; {cure}")
     if len(data.fiducial_ds) == 0:
         warn(f"{data.tiles_dir} has no simulation {config.fiducial_sim_id}, the fiducial one: stage 2 will refuse it")
     return data

@@ -32,8 +32,8 @@ A_IA flat -5 5
 eta_IA flat -5 5
 """
 LINE = (
-    "a line is like `m_1 normal 0 0.0091` (mean, sigma) or `A_IA flat -5 5` (lower, upper), "
-    f"with numbers up to {LARGEST:g}"
+    "a line is like `m_1 normal 0 0.0091` (mean, sigma) or `A_IA flat -5 5` (lower, upper), with numbers up to "
+    f"{LARGEST:g}, and names m_1, dz_1 and so on, A_IA, eta_IA"
 )
 
 
@@ -145,7 +145,7 @@ def _parsed(words: list[str], where: str) -> tuple[str, Prior]:
         raise UserError(f"{where} is {' '.join(words)[:60]!r}; {LINE}")
     if (b < 0) if shape == "normal" else (b < a):
         what = "sigma is negative" if shape == "normal" else "lower end is above its upper end"
-        raise UserError(f"{where}: the prior of {name} has no sense, its {what}; {LINE}")
+        raise UserError(f"{where}: in the prior of {name}, the {what}; {LINE}")
     return name, Prior(shape, a, b)
 
 
@@ -153,12 +153,15 @@ def draw(priors: dict[str, Prior], seed: int, sim_id: int, *, fiducial: bool) ->
     """Nuisances of one simulation by name, (3,) each: one draw per orientation, from a generator of its own.
 
     A nuisance has the same draw whichever others are varied. The fiducial simulation has the centres of the priors.
+    PriorsTooWideError for a shear bias of -1 or less.
     """
     values = {}
     for name, prior in priors.items():
         # A generator for every name, so that a nuisance is drawn alike whatever else is.
         u = np.random.default_rng([seed, sim_id, *name.encode()]).random(N_ORIENTATIONS)
         values[name] = np.full(N_ORIENTATIONS, prior.centre) if fiducial else prior.quantile(u)
+        if name.startswith("m_") and (lowest := values[name].min()) <= -1:
+            raise PriorsTooWideError(f"{name} = {lowest:.2f} turns the signal's sign; give narrower --nuisance-priors")
     return values
 
 

@@ -16,7 +16,7 @@ from data.config import ALL, KINDS
 from data.moments import Moments, empty_moments, moments_of
 from data.schema import name_of_tile, nside_of
 from data.shard import ShardLabels, kappa_of_shard, read_labels
-from data.shard_metadata import nuisance_priors_of
+from data.shard_metadata import check_complete, nuisance_priors_of
 from data.tiles import DIGEST_SIZE, Tiles, digests_of, empty_kappa
 
 
@@ -99,6 +99,7 @@ def read_index(folder: Path, lmax: int, noise_level: str, nside: int = 0) -> Til
     keys, params = (np.concatenate([getattr(shard, name) for shard in shards]) for name in ("keys", "params"))
     order = np.lexsort(keys.T[::-1])  # (n,)
     _check_neighbours(keys, params, order, shards)
+    check_complete(first.path, keys[:, 0])
     positions = np.split(np.argsort(order), np.cumsum([len(shard.keys) for shard in shards])[:-1])
     nuisances = {n: np.concatenate([shard.nuisances[n] for shard in shards])[order] for n in first.nuisances}
     size = first.n_bins, nside_of(lmax, nside)

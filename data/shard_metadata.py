@@ -57,6 +57,14 @@ def nuisance_priors_of(shard: Path) -> dict[str, Any] | None:
     return _description(shard).get("nuisance_priors")
 
 
+def check_complete(shard: Path, sim_ids: np.ndarray) -> None:
+    """Raise UserError if a shard's mock suite has more simulations than those of its folder, sim_ids (n_tiles,)."""
+    found, stated = len(np.unique(sim_ids)), _description(shard).get("n_sims", 0)
+    if found < stated:
+        lacking = f"{shard.parent} has {found} of the {stated} simulations of its suite"
+        raise UserError(f"{lacking}; give its run_mock.py again to finish it (--n-sims trains on fewer)")
+
+
 def nuisance_priors_in(folder: Path) -> dict[str, Any] | None:
     """Those of the first shard of a folder, whose shards all have the same."""
     return nuisance_priors_of(min(folder.glob("shard_*.parquet"), default=folder))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.errors import UserError
+from data.config import kind_of
 from data.schema import PARAM_NAMES
 
 DIGEST_SIZE = hashlib.sha256().digest_size  # bytes
@@ -53,7 +54,8 @@ class Tiles:
         """The named labels (n, d); UserError if the suite does not vary such a nuisance."""
         if absent := [name for name in names if name not in self.labels]:
             varied = ", ".join(self.nuisances) or "no nuisances"
-            raise UserError(f"--params has {absent[0]}, which these tiles do not vary (but {varied}); give --nuisance")
+            found = f"--params has {absent[0]}, which these tiles do not vary (but {varied})"
+            raise UserError(f"{found}; leave it out, or give tiles with --nuisance {kind_of(absent[0])}")
         return np.stack([self.labels[name] for name in names], axis=1)
 
 

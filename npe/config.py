@@ -16,6 +16,7 @@ from compress.config import CompressorConfig, TrainingOptions
 from data.config import NoiseLevel, kind_of, kinds_of, nuisance_list, number_list
 from data.schema import NUISANCE
 
+OF_THE_SWEEP = ("lmax", "noise_level", "nuisance")  # options of both stages, each given once
 MIN_NUMBERS = 4  # of simulations, for a learning curve: one more than its law has constants
 
 
@@ -121,7 +122,7 @@ class SweepConfig(ResultsOptions):
     @property
     def commands(self) -> list[str]:
         """A command for every point; a line between two rounds says that the second needs the first."""
-        options = command_line(replace(self, dry_run=False))
+        options = command_line(replace(self, dry_run=False, point=0))
         lines: list[str] = []
         number = 0
         for runs in self.rounds:
@@ -169,10 +170,8 @@ class SweepRun:
         given = {"lmax": self.lmax, "noise_level": self.sweep.noise_level, "nuisance": self.nuisance}
         given |= {"tag": self.compressor_tag, **subset}
         config = self._parsed(CompressorConfig, "stage_1", given)
-        elsewhere = {kind for one in nuisance_list(self.sweep.nuisance) for kind in kinds_of(one)}
-        known = elsewhere - set(kinds_of(self.nuisance))
-        names = config.theta_names
-        inferred = [name for name in names if not (NUISANCE.fullmatch(name) and kind_of(name) in known)]
+        vary = kinds_of(self.nuisance)
+        inferred = [name for name in config.theta_names if not NUISANCE.fullmatch(name) or kind_of(name) in vary]
         return replace(config, params=",".join(inferred))
 
     def npe(self, ckpt: str) -> NPEConfig:
@@ -188,7 +187,7 @@ class SweepRun:
             words = shlex.split(text)
         except ValueError as error:
             raise UserError(f"{text!r} cannot be read as options ({error}); check its quotes") from None
-        if twice := [word for word in words if word.split("=")[0] in own]:
+        if twice := [word for word in words if word.split("=")[0] in (*own, *map(flag_of, OF_THE_SWEEP))]:
             raise UserError(f"{twice[0]} is the sweep's own option; leave it out of the quotes")
         program = f"run_sweep.py {flag_of(quotes)}"
         return parse_args(config_class, [*chain(*own.items()), *words], program)

@@ -74,9 +74,10 @@ def draw_calibration(calibration: Calibration, d2: np.ndarray, path: Path) -> No
         top = 8 + 2.0 * d
         edges, shown = np.linspace(0, top, 25), np.minimum(d2, np.nextafter(top, 0))
         right.hist(shown, edges, density=True, color=BLUE, alpha=0.35, label="tiles (last bin: all above)")
-        right.plot(edges, chi2(d).pdf(edges), color=ORANGE, label=rf"$\chi^2$, {d} degrees of freedom")
+        fine = np.linspace(0, top, 200)
+        right.plot(fine, chi2(d).pdf(fine), color=ORANGE, label=rf"$\chi^2$, {d} degrees of freedom")
         right.set(xlabel="squared Mahalanobis distance of the truth", ylabel="density", xlim=(0, top))
-        right.set_title(f"{len(d2)} tiles of {calibration.n_sims} simulations ({calibration.tiles})", fontsize=9)
+        right.set_title(f"{len(d2)} tiles of {calibration.n_sims} simulations:\n{calibration.tiles}", fontsize=9)
         right.legend(loc="upper right")
 
 
@@ -94,7 +95,8 @@ def draw_tiles(data: SplitTiles, path: Path) -> None:
                 shown = axes.imshow(kappa, "RdBu_r", vmin=-top, vmax=top, origin="lower", interpolation="none")
                 axes.set(xticks=[], yticks=[], title=f"bin {k + 1}" if number == 0 else "")
                 if number == len(rows) - 1:
-                    drawn.colorbar(shown, ax=grid[:, k], location="bottom", shrink=0.9, pad=0.02, label=r"$\kappa$")
+                    bar = {"location": "bottom", "shrink": 0.9, "pad": 0.02, "label": r"$\kappa$"}
+                    drawn.colorbar(shown, ax=grid[:, k], ticks=[-top, 0, top], format="%.2g", **bar)
             line[0].set_ylabel(f"{name}\n{values}", fontsize=9)
 
 
@@ -135,14 +137,15 @@ def draw_curve(result: SweepResult, path: Path) -> None:
         axes.errorbar(place, fom, seeds, fmt=mean, color=BLUE, capsize=4, label="mean and scatter over seeds")
         recalibrated = np.array([row.fom_recalibrated or np.nan for row in rows])
         if np.isfinite(recalibrated).any():
-            axes.plot(place, recalibrated, "s", mfc="none", color=GREY, label="recalibrated on fresh simulations")
+            mark = {"mfc": "none", "color": GREY, "zorder": 4}
+            axes.plot(place, recalibrated, "s", **mark, label="recalibrated on fresh simulations")
         runs = [point for point in result.points if "error" not in point]
         where = [at[point["lmax"], point["nuisance"]] for point in runs]
         axes.plot(where, [point["fom_fiducial_median"] for point in runs], ".", color=ORANGE, label="one run", zorder=3)
         axes.set_ylim(0, 1.25 * (fom + np.maximum(tiles, seeds)).max())
         axes.set_xticks(place, list(name.values()))
         axes.set(
-            xlabel="nuisances, and FoM / FoM without any" if several else "lmax",
+            xlabel="nuisances, and FoM / FoM without any, recalibrated if it can be" if several else "lmax",
             ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$",
         )
         alike = [f"lmax {lmaxes[0]}"] if len(lmaxes) == 1 else []
@@ -155,8 +158,9 @@ def _name_of(row: CurvePoint, several: bool, with_lmax: bool) -> str:
     """A tick of the sweep's picture: nuisance, what is left of the FoM without any, and the lmax where they differ."""
     if not several:
         return str(row.lmax)
-    left = "" if row.to_bare is None or row.nuisance == NONE else f"\n{row.to_bare:.2f}"
-    return f"{row.nuisance}{left}" + (f"\n{row.lmax}" if with_lmax else "")
+    left = row.to_bare if row.recalibrated_to_bare is None else row.recalibrated_to_bare
+    ratio = "" if left is None or row.nuisance == NONE else f"\n{left:.2f}"
+    return f"{row.nuisance}{ratio}" + (f"\n{row.lmax}" if with_lmax else "")
 
 
 def draw_learning_curves(result: LearningCurves, path: Path) -> None:

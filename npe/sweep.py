@@ -30,6 +30,7 @@ from compress.result import RESULT_NAME as COMPRESSOR_RESULT_NAME
 from compress.result import CompressorResult
 from compress.stage import run_compressor
 from data.cache import read_tiles_through_cache
+from data.config import nuisance_list
 from data.nuisance import check_varied
 from data.schema import NOISELESS
 from data.split import fingerprint_of, subset_of
@@ -111,6 +112,12 @@ def _refuse_early(run: SweepRun, compressor: CompressorConfig) -> None:
     folder = tiles_folder(compressor.tiles_dir, sweep.results_dir, compressor.lmax, compressor.noise_level, nuisance)
     tiles, _ = read_tiles_through_cache(folder, *size)
     check_varied(tiles.nuisances, tiles.n_bins, nuisance, folder)
+    bare = tiles_folder(compressor.tiles_dir, sweep.results_dir, compressor.lmax, compressor.noise_level, NONE)
+    if nuisance != NONE and NONE in nuisance_list(sweep.nuisance) and any(bare.glob("shard_*.parquet")):
+        others, _ = read_tiles_through_cache(bare, *size)
+        if not np.array_equal(tiles.params, others.params):
+            found = f"{folder} has other simulations than {bare}, so their FoMs do not compare"
+            raise UserError(f"{found}; make both with the same --n-sims and --seed")
     if run.n_sims:
         subset_of(tiles.keys[:, 0], sweep.numbers[-1], compressor.split_seed, compressor.fiducial_sim_id)
     if text := run.npe("").calibration_tiles:

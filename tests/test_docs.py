@@ -129,8 +129,8 @@ def inline_commands_of(text: str) -> list[Command]:
 
 def slurm_commands() -> list[Command]:
     """The srun lines of docs/slurm.sh, with the default of every variable in its place."""
-    script = (ROOT / "docs" / "slurm.sh").read_text(encoding="utf-8")
-    for name, default in re.findall(r"^(\w+)=\$\{\1:-(.*?)\}$", script, flags=re.MULTILINE):
+    script = (ROOT / "docs" / "slurm.sh").read_text(encoding="utf-8").replace(' "$@"', "")
+    for name, default in reversed(re.findall(r"^(\w+)=\$\{\1:-(.*?)\}$", script, flags=re.MULTILINE)):
         script = re.sub(rf"\$\{{{name}\}}|\${name}\b", default, script)
     return [command_of(line) for line in script.replace("\\\n", " ").splitlines() if line.startswith("srun ")]
 

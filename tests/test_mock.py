@@ -319,6 +319,8 @@ def test_the_tiles_do_not_depend_on_workers_and_an_interrupted_suite_is_complete
     kept = ours / "shard_0000.parquet"
     stamp = kept.stat().st_mtime_ns
     (ours / "shard_0001.parquet").unlink()
+    with pytest.raises(UserError, match="50 of the 60 simulations of its suite; give its run_mock"):
+        read_tiles(ours, SMALL_LMAX, "noiseless")
     (ours / "shard_0001.parquet.tmp").write_bytes(b"half a shard")
     build_suite(config)
     assert shard_bytes(ours) == shard_bytes(small_tiles_dir)

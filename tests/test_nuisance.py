@@ -312,6 +312,15 @@ def test_a_sweep_has_each_nuisance_beside_the_bare_run(suites: Path, run_command
     assert m["chi2_per_dof_of_fom"] == pytest.approx(np.mean([result.recalibrated.scale for result in runs[1]]))
 
     assert "no bare run; add none" in sweep(folders, "--nuisance", "m")[1]
+    bare_folder = tiles_folder("", suites, SMALL_LMAX, "des_y3", "none")
+    kept = bare_folder.rename(suites / "kept")
+    build_suites(MockConfig(**{**SMALL_SUITE, "noise_level": "des_y3", "seed": 7}, results_dir=str(suites)))
+    code, _, err = sweep(folders, "--nuisance", "none,m", "--name", "strange")
+    assert code == 2
+    assert "has other simulations than" in err
+    assert not list(suites.glob("field_compressor_runs/strange*_m_*"))  # before stage 1
+    shutil.rmtree(bare_folder)
+    kept.rename(bare_folder)
     shutil.rmtree(suites / f"fresh_tiles/lmax_{SMALL_LMAX}_des_y3_m")
     code, out, err = sweep(folders, "--nuisance", "none,m")
     assert code == 2
@@ -323,8 +332,9 @@ def test_a_sweep_has_each_nuisance_beside_the_bare_run(suites: Path, run_command
     ("text", "nuisance", "said"),
     [
         ("m_1 normal 0 0.01\nm_2 normal 0 0.01\nm_4 normal 0 0.01", "m", "no prior of m_3"),
-        ("m_1 normal 0 -0.01", "m", "prior of m_1 has no sense, its sigma is negative"),
-        ("A_IA flat 5 -5", "ia", "its lower end is above its upper end"),
+        ("m_1 normal -1.5 0\nm_2 normal 0 0\nm_3 normal 0 0\nm_4 normal 0 0", "m", "m_1 = -1.50 turns the signal's"),
+        ("m_1 normal 0 -0.01", "m", "in the prior of m_1, the sigma is negative"),
+        ("A_IA flat 5 -5", "ia", "in the prior of A_IA, the lower end is above its upper end"),
         ("A_IA gauss 0 1", "ia", "line 1 is 'A_IA gauss 0 1'"),
         ("m_0 normal 0 1", "m", "line 1 is 'm_0 normal 0 1'"),
         ("m_1 normal 0", "m", "a line is like"),
