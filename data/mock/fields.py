@@ -10,7 +10,7 @@ from data.mock.limber import spectra_ratio
 from data.mock.shift import lognormal_shift
 from data.mock.theory import BIN_PAIRS, cl_matrix, theory_cl, theory_cl_at
 from data.nuisance import Nuisance
-from data.sphere.harmonics import ell_of_alm, gaussian_alm
+from data.sphere.harmonics import ell_of_alm, gaussian_alm, mixed
 
 # The lognormal field lives on multipoles up to this times lmax, so that its transform to the
 # Gaussian field and back loses nothing that reaches the tiles' own multipoles.
@@ -112,9 +112,4 @@ def with_nuisances(alm: np.ndarray, cosmo: np.ndarray, nuisances: Sequence[Nuisa
     """The sky of every nuisance (n, 4, n_alm), from that of lensing alone (4, n_alm), of a cosmology (7,)."""
     place = np.maximum(ell_of_alm(lmax), 2) - 2  # ell = 0 and 1, which have no power, as 2
     found = responses(cosmo, nuisances, np.arange(2, lmax + 1))
-    return np.stack([alm if r is None else _mixed(alm, r.transpose(1, 2, 0)[..., place]) for r in found])
-
-
-def _mixed(alm: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """Coefficients (4, n_alm) of bins that are sums of others, from those (4, n_alm) and the response (4, 4, n_alm)."""
-    return np.stack([sum(of_bin * one for of_bin, one in zip(row, alm, strict=True)) for row in response])
+    return np.stack([alm if r is None else mixed(alm, r.transpose(1, 2, 0)[..., place]) for r in found])
