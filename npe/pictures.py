@@ -95,8 +95,10 @@ def draw_tiles(data: SplitTiles, path: Path) -> None:
                 shown = axes.imshow(kappa, "RdBu_r", vmin=-top, vmax=top, origin="lower", interpolation="none")
                 axes.set(xticks=[], yticks=[], title=f"bin {k + 1}" if number == 0 else "")
                 if number == len(rows) - 1:
-                    bar = {"location": "bottom", "shrink": 0.9, "pad": 0.02, "label": r"$\kappa$"}
-                    drawn.colorbar(shown, ax=grid[:, k], ticks=[-top, 0, top], format="%.2g", **bar)
+                    ticks = [-top, 0, top]
+                    bar = drawn.colorbar(shown, ax=grid[:, k], location="bottom", shrink=0.9, pad=0.02, ticks=ticks)
+                    bar.ax.set_xticklabels([f"{tick:.2g}" for tick in ticks])
+                    bar.set_label(r"$\kappa$")
             line[0].set_ylabel(f"{name}\n{values}", fontsize=9)
 
 
@@ -137,8 +139,8 @@ def draw_curve(result: SweepResult, path: Path) -> None:
         axes.errorbar(place, fom, seeds, fmt=mean, color=BLUE, capsize=4, label="mean and scatter over seeds")
         recalibrated = np.array([row.fom_recalibrated or np.nan for row in rows])
         if np.isfinite(recalibrated).any():
-            mark = {"mfc": "none", "color": GREY, "zorder": 4}
-            axes.plot(place, recalibrated, "s", **mark, label="recalibrated on fresh simulations")
+            label = "recalibrated on fresh simulations"
+            axes.plot(place, recalibrated, "s", mfc="none", color=GREY, zorder=4, label=label)
         runs = [point for point in result.points if "error" not in point]
         where = [at[point["lmax"], point["nuisance"]] for point in runs]
         axes.plot(where, [point["fom_fiducial_median"] for point in runs], ".", color=ORANGE, label="one run", zorder=3)
