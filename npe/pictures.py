@@ -138,7 +138,8 @@ def draw_curve(result: SweepResult, path: Path) -> None:
         mean = "o" if several else "o-"
         axes.errorbar(place, fom, seeds, fmt=mean, color=BLUE, capsize=4, label="mean and scatter over seeds")
         recalibrated = np.array([row.fom_recalibrated or np.nan for row in rows])
-        if np.isfinite(recalibrated).any():
+        kind = "recalibrated " if np.isfinite(recalibrated).any() else ""
+        if kind:
             label = "recalibrated on fresh simulations"
             axes.plot(place, recalibrated, "s", mfc="none", color=GREY, zorder=4, label=label)
         runs = [point for point in result.points if "error" not in point]
@@ -147,7 +148,7 @@ def draw_curve(result: SweepResult, path: Path) -> None:
         axes.set_ylim(0, 1.25 * (fom + np.maximum(tiles, seeds)).max())
         axes.set_xticks(place, list(name.values()))
         axes.set(
-            xlabel="nuisances, and FoM / FoM without any, recalibrated if it can be" if several else "lmax",
+            xlabel=f"nuisances, and {kind}FoM / FoM without any" if several else "lmax",
             ylabel=r"FoM of $(\Omega_{\rm m}, S_8)$",
         )
         alike = [f"lmax {lmaxes[0]}"] if len(lmaxes) == 1 else []

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SMALL_LMAX, make_tiles, write_tiles
+from conftest import SMALL_LMAX, SMALL_SUITE, make_tiles, write_tiles
 from torch import nn
 
 from compress.config import Backbone, CompressorConfig
@@ -21,6 +21,8 @@ from compress.evaluate import predict, renew_batch_norm
 from compress.model import FieldLevelCompressor, load_compressor
 from compress.power import HIDDEN
 from data.dataset import whole_dataset
+from data.mock.config import MockConfig
+from data.mock.suite import build_suite
 from data.module import TileDataModule
 from data.norm_stats import NormStats, read_norm_stats
 from data.read_shards import read_tiles
@@ -181,7 +183,8 @@ def test_stage_2_refuses_tiles_that_stage_1_did_not_see(finished: Path, tmp_path
     results = tmp_path / "moved"  # a copied run folder works as well as the original
     shutil.copytree(finished, results)
     ckpt = compressor_run(results) / "best.ckpt"
-    (results / "tiles" / f"lmax_{SMALL_LMAX}_noiseless" / "shard_0001.parquet").unlink()
+    shutil.rmtree(results / "tiles")
+    build_suite(MockConfig(**SMALL_SUITE | {"seed": 43}, results_dir=str(results)))
     code, _, err = run_command("run_npe.py", "--ckpt", ckpt, "--tag", "x")
     assert code == 2
     assert "not those that stage 1 was trained on" in err
