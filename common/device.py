@@ -52,11 +52,10 @@ def check_compiler(device: torch.device) -> None:
 
 
 def free_memory_of(device: torch.device) -> int:
-    """Bytes that this process may still take there, and as many each process that torchrun started after it here."""
+    """Bytes that this process may take there: on a CPU, its share among those that torchrun started on this machine."""
     if device.type == "cuda":  # a GPU for each
         return torch.cuda.mem_get_info(device)[0]
-    size, rank = (int(os.environ.get(name, alone)) for name, alone in (("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    return free_memory() // (size - rank)
+    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

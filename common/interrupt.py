@@ -42,14 +42,19 @@ def listening() -> Iterator[None]:
 
 
 @contextmanager
-def deferred(together: bool = False) -> Iterator[None]:
-    """Within, the first signal waits for `check`, a second one does not; together, all wait for common.processes."""
+def deferred(together: bool = False, follower: bool = False) -> Iterator[None]:
+    """Within, the first signal waits for `check`, a second one does not; together, all wait for common.processes.
+
+    A follower of another process answers none that came to itself.
+    """
     before = _state.copy()
     _state.update(deferred=True, together=together)
     try:
         yield
     finally:
         _state.update(deferred=before["deferred"], together=before["together"])
+        if follower:
+            _state["signum"] = 0
     check()
 
 

@@ -3,6 +3,7 @@
 All have the same options and make the same draws. The first, the leader, alone writes, talks and answers signals.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError, n_processes
-from common.interrupt import Interrupted, signal_that_came
+from common.interrupt import Interrupted, check, signal_that_came
 
 PATIENCE = timedelta(hours=6)  # with a leader that reads a suite or evaluates; one that ends is noticed at once
 LOST = "another process of this training has ended; the same command goes on from what was saved last"
@@ -63,15 +64,6 @@ class Processes:
         distributed.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
 
-    @contextmanager
-    def leader_first(self) -> Iterator[None]:
-        """Within, the others begin when the leader has ended; what it wrote is then theirs, too."""
-        if not self.lead:
-            self.of_leader(None)
-        yield
-        if self.lead:
-            self.of_leader(None)
-
     def learner(self, model: nn.Module, device: torch.device, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
         """The model as it is to be trained: its gradients are means over the processes.
 
@@ -93,6 +85,7 @@ class Processes:
 
     def check(self) -> None:
         """Raise Interrupted in all of them if a signal has come to the leader; all must call it."""
+        check()
         if self.size > 1:
             came = torch.tensor(signal_that_came())
             distributed.broadcast(came, 0)
@@ -114,14 +107,17 @@ def joined(device: torch.device) -> Iterator[Processes]:
         yield ALONE
         return
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    rank = distributed.get_rank()
     try:
-        yield Processes(distributed.get_rank(), distributed.get_world_size())
+        yield Processes(rank, distributed.get_world_size())
     except distributed.DistError:
         raise UserError(LOST) from None
-    except RuntimeError as error:
-        if "gloo" not in str(error):
-            raise
-        raise UserError(LOST) from None
+    except (UserError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "gloo" in str(error):
+            raise UserError(LOST) from None
+        if rank:  # the others do not know why this one ends
+            print(f"process {rank}: {error}", file=sys.stderr, flush=True)
+        raise
     finally:
         distributed.destroy_process_group()
 

@@ -241,9 +241,10 @@ class LastCheckpoint:
         At the end it saves if that is due, as what follows a training may be interrupted too, and writes metrics.jsonl
         whole, which has grown line by line.
         """
-        with deferred(together=self.processes.size > 1):
+        with deferred(together=self.processes.size > 1, follower=not self.processes.lead):
             try:
                 yield
+                self.processes.check()
             except Interrupted as stop:
                 if self.processes.lead:
                     self.save()

@@ -33,7 +33,7 @@ def validate(
     """The validation loss of a model whose BatchNorm gets the statistics that it will be used with."""
     processes.mean(buffer for buffer in model.buffers() if buffer.is_floating_point())
     if config.norm_tiles:
-        renew_batch_norm(model, data.compressor_train_ds, config)
+        renew_batch_norm(model, data.compressor_train_ds, config, processes)
     return validation_loss(model, data.npe_train_ds, config.batch_size, processes)
 
 
@@ -43,10 +43,10 @@ def validation_loss(
 ) -> float:
     """The model's loss over all tiles, normalised units, in evaluation mode; UserError if it is not finite."""
     model.eval()
-    mine = dataset.part(processes.share(len(dataset)))
     total = torch.zeros((), device=dataset.device)
-    for kappa, theta in batches(mine, batch_size):
+    for kappa, theta in batches(dataset.shared(processes), batch_size):
         total += model.loss(model(kappa), theta, reduction="sum")
+        processes.check()
     processes.mean([total])
     loss = float(total) * processes.size / (len(dataset) * model.loss.terms_per_tile)
     if not math.isfinite(loss):
@@ -55,7 +55,9 @@ def validation_loss(
 
 
 @torch.no_grad()
-def renew_batch_norm(model: FieldLevelCompressor, dataset: TileDataset, config: CompressorConfig) -> None:
+def renew_batch_norm(
+    model: FieldLevelCompressor, dataset: TileDataset, config: CompressorConfig, processes: Processes = ALONE
+) -> None:
     """Replace BatchNorm's running statistics by the mean ones of --norm-tiles tiles, not augmented.
 
     The running ones come from the last batches, whose tiles are rolled and so have a seam that no other tile has. The
@@ -71,6 +73,7 @@ def renew_batch_norm(model: FieldLevelCompressor, dataset: TileDataset, config: 
     some = batches(dataset, config.batch_size, seeded_generator(config.seed, "compressor norm tiles"))
     for kappa, _ in islice(some, n_batches(config.norm_tiles, config.batch_size)):
         model(kappa)
+        processes.check()
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from compress.evaluate import CompressorEvaluation, evaluate_compressor
 from compress.memory import bytes_of_a_step
 from compress.model import CHECKPOINT_NAME, FieldLevelCompressor, pick_precision
 from compress.pictures import draw_loss_curves, draw_predictions
-from compress.pretrained import read_pretrained
+from compress.pretrained import Pretrained, read_pretrained
 from compress.result import RESULT_NAME, CompressorResult
 from compress.train import train
 from data.dataset import n_batches
@@ -52,8 +53,7 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
         pretrained = read_pretrained(config, device) if config.init_from else None
         fixed = {"precision": name_of_dtype(dtype), "init_from": pretrained.compressor.sha256 if pretrained else None}
         last = LastCheckpoint(folder, config, fixed, CHECKPOINT_NAME, device, on_checkpoint, processes)
-        with processes.leader_first():  # which writes the cache that all of them map
-            data = read_tiles(config, device, dtype, norm_stats=pretrained.norm_stats if pretrained else None)
+        data = _read_one_after_the_other(config, device, dtype, pretrained, processes)
         data = pretrained.seen_with(data) if pretrained else data
         if processes.lead:
             if not last.can_resume(data.fingerprints):
@@ -75,6 +75,20 @@ def run_compressor(config: CompressorConfig, on_checkpoint: Callable[[], None] =
             on_checkpoint()
             result = evaluation.result
         return processes.of_leader(result)
+
+
+def _read_one_after_the_other(
+    config: CompressorConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    pretrained: Pretrained | None,
+    processes: Processes,
+) -> SplitTiles:
+    """The tiles of every process: first the leader's, which writes the cache that all map, and says where they are."""
+    norm_stats = pretrained.norm_stats if pretrained else None
+    data = read_tiles(config, device, dtype, norm_stats=norm_stats) if processes.lead else None
+    tiles_on = processes.of_leader(data.compressor_train_ds.tiles_on if data else None)
+    return data or read_tiles(replace(config, tiles_on=tiles_on), device, dtype, norm_stats=norm_stats)
 
 
 def _refuse_early(config: CompressorConfig, folder: Path, device: torch.device, processes: Processes) -> None:
@@ -119,7 +133,11 @@ def read_tiles(
         warn(warning)
     if training and A_IA not in data.params and np.ptp(data.tiles.nuisances.get(A_IA, 0)):
         warn(f"the tiles vary {A_IA}, of which the summaries will say nothing: the FoM is lower; add it to --params")
-    n_steps = config.max_epochs * n_batches(len(data.compressor_train_ds), config.batch_size)
+    n_train = len(data.compressor_train_ds)
+    n_steps = config.max_epochs * n_batches(n_train, config.batch_size)
+    if training and (least := n_train // n_batches(n_train, config.batch_size)) < 2 * n_processes():
+        found = f"--batch-size {config.batch_size} cuts {n_train} training tiles into batches of {least} or more"
+        raise UserError(f"{found}, fewer than two for each process; give more")
     if training and n_steps <= config.warmup_steps:
         cure = "give fewer, a smaller --batch-size or more --max-epochs"
         warn(f"training ends after {n_steps} steps, within its --warmup-steps {config.warmup_steps}; {cure}")

@@ -67,6 +67,11 @@ class TileDataset:
         return len(self.rows)
 
     @property
+    def tiles_on(self) -> TilesOn:
+        """Where they are."""
+        return "disk" if isinstance(self.source, TileStream) else "device"
+
+    @property
     def sim_ids(self) -> np.ndarray:
         """Number of the simulation of each tile, (n,); without keys every tile has one of its own."""
         return self.rows.numpy() if self.keys is None else self.keys[self.rows.numpy(), 0]
@@ -94,12 +99,6 @@ class TileDataset:
         other.processes = processes
         return other
 
-    def part(self, some: slice) -> TileDataset:
-        """Some of the tiles in their order."""
-        other = copy.copy(self)
-        other.rows = self.rows[some]
-        return other
-
     def prefetch(self, positions: torch.Tensor) -> None:
         """Say which batch is asked for next."""
         first = self.source if self.augment is None or self.signal is None else self.signal
@@ -123,7 +122,7 @@ class TileDataset:
             theta = theta + sigma * torch.randn(theta.shape, generator=generator)
         rows, theta = rows[mine], theta[mine]  # (B',), (B', d)
         *draws, theta = to_device([*(draw for _, draw in views), theta], self.device)
-        for start in range(0, len(rows), size):
+        for start in range(0, max(1, len(rows)), size):  # there may be fewer tiles than processes
             some = slice(start, start + size)
             kappa, *noise = (_taken(store, draw[:, some]) for (store, _), draw in zip(views, draws, strict=True))
             if noise:  # is what the other tile has beside its signal

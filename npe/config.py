@@ -16,7 +16,7 @@ from compress.config import CompressorConfig, TrainingOptions
 from data.config import NoiseLevel, kind_of, kinds_of, nuisance_list, number_list
 from data.schema import NUISANCE
 
-OF_THE_SWEEP = ("lmax", "noise_level", "nuisance")  # options of both stages, each given once
+OF_THE_SWEEP = ("lmax", "noise_level", "nuisance", "gpus")  # of both stages, each given once; a point has one GPU
 MIN_NUMBERS = 4  # of simulations, for a learning curve: one more than its law has constants
 
 

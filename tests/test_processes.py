@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -16,9 +17,11 @@ from torch import nn
 
 from common.options import parse_args
 from common.processes import LOST, Processes
+from common.progress import read_metrics
 from compress.config import CompressorConfig
 from compress.model import load_compressor
 from compress.stage import run_compressor
+from data.dataset import Batch, TileDataset, batches
 from data.mock.config import MockConfig
 from data.mock.suite import build_suite
 
@@ -60,11 +63,14 @@ def train_in_halves(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def assert_same(results: Path, tag: str, other: str, rtol: float) -> None:
-    """Two trainings ended with the same weights, but for rounding, and with the same summaries.
+    """Two trainings had the same losses, but for rounding, and ended with the same weights and summaries.
 
     A shift that the next BatchNorm takes away has no gradient, and Adam takes steps along its rounding errors; so
     shifts are compared through the summaries.
     """
+    losses = [read_metrics(results / RUNS / name / "metrics.jsonl") for name in (tag, other)]
+    for name in losses[0].keys() - {"seconds"}:
+        np.testing.assert_allclose(losses[1][name], losses[0][name], rtol=10 * rtol, err_msg=name)
     one, two = (
         load_compressor(results / RUNS / name / "best.ckpt", torch.device("cpu"), "float32").model
         for name in (tag, other)
@@ -76,6 +82,23 @@ def assert_same(results: Path, tag: str, other: str, rtol: float) -> None:
     kappa = torch.randn(64, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(two.eval()(kappa), one.eval()(kappa), rtol=rtol, atol=3 * rtol)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_the_shares_of_a_batch_are_the_batch_of_one_process(size: int) -> None:
+    """With symmetries, other tiles' noise and noise on theta, where batches do not divide, or have too few tiles."""
+    generator = torch.Generator().manual_seed(1)
+    source, signal = (torch.randn(11, 8, 8, 2, generator=generator).permute(0, 3, 1, 2) for _ in range(2))
+    tiles = TileDataset(source, torch.randn(11, 2), np.arange(11), torch.device("cpu"), signal)
+
+    def views(processes: Processes) -> list[Batch]:
+        augment, noise = (torch.Generator().manual_seed(seed) for seed in (2, 3))
+        return list(batches(tiles.augmented(augment, (0.1, noise)).shared(processes), 4, augment))
+
+    shares = [views(Processes(rank, size)) for rank in range(size)]
+    for whole, *parts in zip(views(Processes()), *shares, strict=True):
+        for mine, theirs in zip(whole, zip(*parts, strict=True), strict=True):
+            torch.testing.assert_close(torch.cat(theirs), mine, rtol=0, atol=0)
 
 
 # Training amplifies rounding: exchange the halves, and the weights of tiny differ by 2e-6, those of power by 2e-4.
