@@ -5,6 +5,7 @@ from __future__ import annotations
 import ducc0
 import numpy as np
 
+from common.machine import keep_freed_memory
 from data.mock.fields import band_of
 from data.mock.nz import N_BINS
 from data.schema import nside_of
@@ -14,6 +15,7 @@ from data.sphere.tiles import tiles_of_alm
 
 def transforms(lmax: int) -> int:
     """Spherical-harmonic transforms and rotations of made-up coefficients; the number of tiles."""
+    keep_freed_memory()
     band = band_of(lmax, "lognormal")
     n_alm = (band + 1) * (band + 2) // 2
     alm = np.ones((1, n_alm), dtype=np.complex128)

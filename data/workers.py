@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 from common.errors import UserError
 from common.interrupt import SIGNALS, deferred, result_of
-from common.machine import keep_freed_memory
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -107,7 +106,6 @@ def _hidden_main() -> Iterator[None]:
 def _serve(pipe: Connection) -> None:
     """In a worker process: do jobs until the pipe is closed, or the parent dies."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read by numpy, which the first job imports
-    keep_freed_memory()
     for signum in SIGNALS:  # the parent receives them too, and ends this process
         signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.machine import keep_freed_memory
 from data.mock.fields import signal_alm, with_nuisances
 from data.mock.flat import flat_tiles
 from data.mock.nz import N_BINS
@@ -34,6 +35,7 @@ class Simulation:
 
 def simulate(sim: Simulation) -> np.ndarray:
     """The twelve tiles of one simulation, float32 (12, 4, N, N)."""
+    keep_freed_memory()
     seeds = np.random.SeedSequence([sim.seed, sim.sim_id]).spawn(2)
     signal_rng, noise_rng = map(np.random.default_rng, seeds)
     nuisances = [nuisance_of(sim.nuisances, orientation, N_BINS) for orientation in range(N_ORIENTATIONS)]
